@@ -1,0 +1,1 @@
+"""llama-corral: run llama-index workflows as services under structured concurrency."""

@@ -1,0 +1,37 @@
+"""Backends, promises and what every test may rely on.
+
+Tests for both backends are marked `anyio` and take their backend from the `anyio_backend` fixture; tests that need Trio
+alone are marked `trio` (pytest-trio). A test that proves a promise of the design is marked `promise("P1")`.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+PROMISES = {
+    "P1": "one ending",
+    "P2": "at least once, one outcome",
+    "P3": "gap-free streams",
+    "P4": "context is safe",
+    "P5": "state change and publish are one",
+    "P6": "cancellation is real",
+    "P7": "drain",
+    "P8": "shutdown deletes nothing that others use",
+    "P9": "bad input fails at the door",
+    "P10": "nothing polls",
+    "P11": "nothing untrusted is executed",
+    "P12": "memory is bounded",
+}
+
+
+@pytest.fixture(params=["trio", "asyncio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("promise"):
+            unknown = set(mark.args) - PROMISES.keys()
+            if unknown or not mark.args:
+                raise pytest.UsageError(f"{item.nodeid}: unknown promise {sorted(unknown)}")
