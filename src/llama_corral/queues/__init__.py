@@ -1,0 +1,13 @@
+"""CARRIES: the message queues, one file for each technology, all tested against `llama_corral.testing.queues`.
+
+* `memory.py`: inside one process; the reference behaviour.
+* `consumers.py`: the original's thin layer for users; our own path does not use it.
+
+Adapters that need an extra are imported by `open_queue` when their scheme is asked for, never here.
+"""
+
+from __future__ import annotations
+
+from ._open import SCHEMES as SCHEMES
+from ._open import open_queue as open_queue
+from .memory import MemoryMessageQueue as MemoryMessageQueue
