@@ -5,7 +5,7 @@ the consumer that waits longest, or into its place in the line. There are no tas
 message costs little more than the two checkpoints of its publisher and its consumer.
 """
 
-# ruff: noqa: RUF102 - ASYNC910 is a rule of flake8-async, which ruff does not know
+# ruff: noqa: RUF100, RUF102 - flake8-async has rules that ruff does not know
 
 from __future__ import annotations
 
