@@ -1,0 +1,1 @@
+"""What the digest is made of, without workflows: find and read texts, rank sentences, draft. All of it blocks."""
