@@ -19,8 +19,8 @@ from llama_corral.protocol.records import EventPage, StoredEvent, TaskRecord
 class FakeLog:
     """`read_events` and `get_task` of a store with one task.
 
-    `after_read` runs once, when the next read has seen its snapshot and has not yet returned it: between a reader's read
-    and its wait.
+    `after_read` runs once, when the next read has seen its snapshot and has not yet returned it: between a reader's
+    read and its wait.
     """
 
     def __init__(self, changes: Changes, task_id: str = "t") -> None:

@@ -5,10 +5,9 @@ import pytest
 
 from llama_corral.events import Changes
 
-pytestmark = pytest.mark.anyio
-
 
 @pytest.mark.promise("P3")
+@pytest.mark.anyio
 async def test_news_since_the_handle_was_taken_counts(changes: Changes) -> None:
     with changes.watch("t") as watch:
         changes.notify("t")
@@ -19,7 +18,7 @@ async def test_news_since_the_handle_was_taken_counts(changes: Changes) -> None:
 
 
 @pytest.mark.promise("P12")
-async def test_nothing_is_left_behind(changes: Changes) -> None:
+def test_nothing_is_left_behind(changes: Changes) -> None:
     changes.notify("nobody watches")
     changes.notify_all()
     assert changes.statistics() == {"tasks": 0, "watches": 0}
@@ -29,6 +28,7 @@ async def test_nothing_is_left_behind(changes: Changes) -> None:
 
 
 @pytest.mark.promise("P3")
+@pytest.mark.anyio
 async def test_only_the_watchers_of_the_task_are_woken(changes: Changes) -> None:
     woken: list[str] = []
 
@@ -53,6 +53,7 @@ async def test_only_the_watchers_of_the_task_are_woken(changes: Changes) -> None
 
 
 @pytest.mark.promise("P6")
+@pytest.mark.anyio
 async def test_a_cancelled_wait_keeps_the_news(changes: Changes) -> None:
     with changes.watch("t") as watch:
         with anyio.CancelScope() as scope:
@@ -66,7 +67,7 @@ async def test_a_cancelled_wait_keeps_the_news(changes: Changes) -> None:
         await watch.wait()
 
 
-async def test_a_handle_can_be_entered_again(changes: Changes) -> None:
+def test_a_handle_can_be_entered_again(changes: Changes) -> None:
     watch = changes.watch("t")
     with watch:
         changes.notify("t")

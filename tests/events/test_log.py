@@ -39,10 +39,8 @@ async def test_a_finished_log_is_read_from_any_index_to_its_record(store: FakeLo
 
 
 @pytest.mark.promise("P1", "P3")
-@pytest.mark.parametrize("status", sorted(TERMINAL))
-async def test_a_task_without_events_still_ends_its_readers(
-    store: FakeLog, changes: Changes, status: TaskStatus
-) -> None:
+@pytest.mark.parametrize("ending", sorted(TERMINAL))
+async def test_a_task_without_events_still_ends_its_readers(store: FakeLog, changes: Changes, ending: str) -> None:
     pages = []
     async with anyio.create_task_group() as tasks:
 
@@ -51,8 +49,8 @@ async def test_a_task_without_events_still_ends_its_readers(
 
         tasks.start_soon(read)
         await anyio.wait_all_tasks_blocked()
-        store.end(status)
-    assert [(page.events, page.record.status) for page in pages] == [((), status)]
+        store.end(TaskStatus(ending))
+    assert [(page.events, page.record.status) for page in pages] == [((), ending)]
 
 
 @pytest.mark.promise("P3", "P10")

@@ -10,9 +10,8 @@ from typing import Final, Self
 import anyio
 from anyio.lowlevel import checkpoint
 
-from llama_corral.exceptions import CorralError
-from llama_corral.protocol.records import EventPage
-
+from ..exceptions import CorralError
+from ..protocol.records import EventPage
 from .encoding import SSE_HEARTBEAT, ndjson_line, sse_drain, sse_end, sse_error, sse_event
 from .log import LogReader
 

@@ -19,9 +19,9 @@ from __future__ import annotations
 import json
 from typing import Final
 
-from llama_corral.exceptions import BadInput, CorralError
-from llama_corral.protocol.messages import TaskResult
-from llama_corral.protocol.records import StoredEvent, TaskRecord
+from ..exceptions import BadInput, CorralError
+from ..protocol.messages import TaskResult
+from ..protocol.records import StoredEvent, TaskRecord
 
 NDJSON_CONTENT_TYPE: Final = "application/x-ndjson"
 SSE_CONTENT_TYPE: Final = "text/event-stream"

@@ -4,8 +4,6 @@ The store and the wake-ups of `Changes` are all there is: a reader keeps a curso
 one costs a page of memory and loses nothing. No task runs on a reader's behalf between two of its calls.
 """
 
-# ruff: noqa: RUF100 - flake8-async has rules that ruff does not have or has switched off
-
 from __future__ import annotations
 
 import math
@@ -15,9 +13,8 @@ from typing import Final, Protocol, Self
 import anyio
 from anyio.lowlevel import checkpoint
 
-from llama_corral.exceptions import NotFound
-from llama_corral.protocol.records import EventPage, TaskRecord
-
+from ..exceptions import NotFound
+from ..protocol.records import EventPage, TaskRecord
 from .changes import Changes, Watch
 
 PAGE_EVENTS: Final = 500
@@ -188,7 +185,7 @@ async def wait_terminal(
     store: ReadableLog,
     changes: Changes,
     task_id: str,
-    timeout: float | None,  # noqa: ASYNC109
+    timeout: float | None,
     *,
     drain: anyio.Event | None = None,
     backstop: float | None = BACKSTOP,

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Final
 from urllib.parse import parse_qsl, urlsplit
 
-from llama_corral.abc import MessageQueue
-from llama_corral.exceptions import SetupError
-
+from ..abc import MessageQueue
+from ..exceptions import SetupError
 from .memory import MemoryMessageQueue
 
 

@@ -5,8 +5,6 @@ the consumer that waits longest, or into its place in the line. There are no tas
 message costs little more than the two checkpoints of its publisher and its consumer.
 """
 
-# ruff: noqa: RUF100, RUF102 - flake8-async has rules that ruff does not know
-
 from __future__ import annotations
 
 from collections import deque
@@ -18,9 +16,9 @@ from typing import Any, Self
 import anyio
 from anyio.lowlevel import checkpoint
 
-from llama_corral.abc import Consumer, Delivery, MessageQueue, Subscription
-from llama_corral.exceptions import QueueUnavailable
-from llama_corral.protocol.messages import QueueMessage
+from ..abc import Consumer, Delivery, MessageQueue, Subscription
+from ..exceptions import QueueUnavailable
+from ..protocol.messages import QueueMessage
 
 DEFAULT_MAX_MESSAGES = 100_000
 DEFAULT_MAX_TOPICS = 10_000
@@ -37,11 +35,11 @@ class MemoryDelivery(Delivery):
         self.place = place
         self.holder: MemoryConsumer | None = None  # None: still in the line, or settled
 
-    async def ack(self) -> None:  # noqa: ASYNC910
+    async def ack(self) -> None:
         if self._settle():
             self.group.pending -= 1
 
-    async def nack(self) -> None:  # noqa: ASYNC910
+    async def nack(self) -> None:
         if self._settle():
             self.group.give_back(self)
 
