@@ -167,7 +167,8 @@ class WebApp(Routes):
         return Response(render(self.document).encode(), content_type="text/html; charset=utf-8")
 
 
-async def _answer_error(error: Exception) -> Any:  # noqa: ASYNC124 - a sync one would run in a thread
+async def _answer_error(error: Exception) -> Any:
+    await trio.lowlevel.checkpoint()  # async at all only because Quart runs a sync error handler in a thread
     if isinstance(error, HTTPException) and (error.code or 500) < 400:
         return error  # a redirect is no error
     return _quart_response(Response.of_refusal(refusal(error)))
