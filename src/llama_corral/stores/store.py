@@ -1,0 +1,283 @@
+"""`SqlStore`: the methods of `abc.Store`, each a unit for the writer or a query for the reader."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import sqlalchemy as sa
+
+from ..abc import Store
+from ..exceptions import BadInput, StoreError
+from ..protocol.records import (
+    Accepted,
+    Checkpoint,
+    Claim,
+    ClaimRequest,
+    DeletedSession,
+    EventPage,
+    HeartbeatAnswer,
+    HeldTask,
+    InboxPage,
+    InstanceRecord,
+    NewTask,
+    Report,
+    ReportAnswer,
+    SendAnswer,
+    ServiceRecord,
+    SessionRecord,
+    TaskFilter,
+    TaskRecord,
+    Ticket,
+)
+from . import queries, session_units, task_units
+from .inline import Inline
+from .reader import Reader
+from .sqlite import Durability, SqliteConnection, SqliteDatabase
+from .work import T, Unit, closed
+from .writer import Writer
+
+
+# The mixin's __aexit__ names its three arguments, the one of abc takes any: called by `async with`, they are the same.
+class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
+    """The truth in a database. `async with store:` owns the writer's task and the reader's thread; leaving it commits
+    what was asked for before, and answers everything later with `StoreUnavailable`.
+
+    Args:
+        url: `sqlite:///relative.db`, `sqlite:////absolute.db`, or `sqlite://` for a store in memory. The latter runs
+            inline, without threads, so tests can use an autojump clock with it.
+        durable: "normal": what was answered survives the end of the process by SIGKILL. "full": also a loss of power.
+        batch_size: The most units that are committed together.
+        backlog: The most units that wait for the writer; callers beyond that wait to get in.
+        flush_timeout: Seconds that leaving the block spends at most on units that wait.
+
+    Raises:
+        StoreError: the URL names no store that can be used. Nothing is opened before the block is entered.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        durable: Durability = "normal",
+        batch_size: int = 256,
+        backlog: int = 1024,
+        flush_timeout: float = 10.0,
+    ) -> None:
+        if durable not in ("normal", "full"):
+            raise StoreError(f"A store is durable 'normal' or 'full', not {durable!r}.")
+        self._database = SqliteDatabase(_sqlite_path(url), durable)
+        self._batch_size = batch_size
+        self._backlog = backlog
+        self._flush_timeout = flush_timeout
+        self._writer: Writer | Inline | None = None
+        self._reader: Reader | Inline | None = None
+
+    @asynccontextmanager
+    async def __asynccontextmanager__(self) -> AsyncIterator[SqlStore]:
+        serving = self._serving_inline if self._database.path is None else self._serving_in_threads
+        failure: Exception | None = None
+        async with serving():
+            try:
+                yield self
+            except Exception as error:
+                # Raised again below: through the task group of the writer it would come out as an exception group.
+                failure = error
+        if failure is not None:
+            raise failure
+
+    @asynccontextmanager
+    async def _serving_inline(self) -> AsyncIterator[None]:
+        connection = self._database.connect()
+        inline = self._writer = self._reader = Inline(connection)
+        try:
+            yield
+        finally:
+            inline.close()
+            connection.close()
+
+    @asynccontextmanager
+    async def _serving_in_threads(self) -> AsyncIterator[None]:
+        """The closing order, from the inside: the writer commits what waits, the reader answers, the file is closed."""
+        limiter = anyio.CapacityLimiter(1)
+        async with AsyncExitStack() as stack:
+            with anyio.CancelScope(shield=True):  # opening is short, and what it took must be given back
+                await anyio.to_thread.run_sync(self._database.open, limiter=limiter)
+                stack.push_async_callback(_shielded, self._database.close, limiter)
+                connections = await anyio.to_thread.run_sync(self._connect_both, limiter=limiter)
+            for connection in connections:
+                stack.push_async_callback(_shielded, connection.close, limiter)
+            writer = self._writer = Writer(connections[0], batch_size=self._batch_size, backlog=self._backlog)
+            reader = self._reader = Reader(connections[1])
+            await stack.enter_async_context(reader.serving())
+            await stack.enter_async_context(self._writing(writer))
+            yield
+
+    @asynccontextmanager
+    async def _writing(self, writer: Writer) -> AsyncIterator[None]:
+        # Shielded: whoever is cancelled within the block may still have an ending to store. Ended by `close`.
+        scope = anyio.CancelScope(shield=True)
+
+        async def write() -> None:
+            with scope:
+                await writer.run()
+
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(write, name="store writer")
+            try:
+                yield
+            finally:
+                writer.close()
+                scope.deadline = anyio.current_time() + self._flush_timeout
+
+    def _connect_both(self) -> tuple[SqliteConnection, SqliteConnection]:
+        writing = self._database.connect()
+        try:
+            return writing, self._database.connect()
+        except BaseException:
+            writing.close()
+            raise
+
+    async def _write(self, unit: Unit[T], *arguments: Any) -> T:
+        if self._writer is None:
+            raise closed()
+        return await self._writer.submit(unit, *arguments)
+
+    async def _read(self, query: Unit[T], *arguments: Any) -> T:
+        if self._reader is None:
+            raise closed()
+        return await self._reader.submit(query, *arguments)
+
+    def statistics(self) -> Mapping[str, Any]:
+        numbers: dict[str, Any] = {}
+        for part in (self._reader, self._writer):
+            if part is not None:
+                numbers.update(part.statistics())
+        return numbers
+
+    # Services and instances
+
+    async def put_service(self, service: ServiceRecord, instance: InstanceRecord | None = None) -> None:
+        await self._write(session_units.put_service, service, instance)
+
+    async def delete_service(self, service_name: str) -> bool:
+        return await self._write(session_units.delete_service, service_name)
+
+    async def delete_instance(self, instance_id: str) -> None:
+        await self._write(session_units.delete_instance, instance_id)
+
+    async def get_service(self, service_name: str) -> ServiceRecord | None:
+        return await self._read(queries.get_service, service_name)
+
+    async def list_services(self) -> list[ServiceRecord]:
+        return await self._read(queries.list_services)
+
+    async def list_instances(self) -> list[InstanceRecord]:
+        return await self._read(queries.list_instances)
+
+    async def heartbeat(self, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:
+        return await self._write(task_units.heartbeat, instance_id, tuple(held))
+
+    # Sessions
+
+    async def create_session(self, session: SessionRecord) -> bool:
+        return await self._write(session_units.create_session, session)
+
+    async def get_session(self, session_id: str) -> SessionRecord | None:
+        return await self._read(queries.get_session, session_id)
+
+    async def list_sessions(self, *, after: str | None = None, limit: int = 100) -> list[SessionRecord]:
+        return await self._read(queries.list_sessions, after or "", max(limit, 0))
+
+    async def merge_state(self, session_id: str, changes: Mapping[str, Any]) -> SessionRecord | None:
+        try:
+            encoded = json.dumps(dict(changes), ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise BadInput(f"The changes of a session's state must be JSON: {error}") from error
+        return await self._write(session_units.merge_state, session_id, encoded)
+
+    async def delete_session(self, session_id: str) -> DeletedSession | None:
+        return await self._write(session_units.delete_session, session_id)
+
+    # The life of a task
+
+    async def accept(self, task: NewTask, claim: ClaimRequest | None = None) -> Accepted:
+        return await self._write(task_units.accept, task, claim)
+
+    async def claim(self, request: ClaimRequest) -> Claim | None:
+        return await self._write(task_units.claim, request)
+
+    async def report(self, report: Report) -> ReportAnswer:
+        return await self._write(task_units.report, report)
+
+    async def release(
+        self, task_id: str, epoch: int, checkpoint: Checkpoint | None, now: float, *, idle: bool = False
+    ) -> ReportAnswer:
+        return await self._write(task_units.release, task_id, epoch, checkpoint, idle)
+
+    async def request_cancel(self, task_id: str, now: float) -> SendAnswer:
+        return await self._write(task_units.request_cancel, task_id, now)
+
+    async def expire(self, now: float) -> list[SendAnswer]:
+        return await self._write(task_units.expire, now)
+
+    async def send(self, task_id: str, payload: str, now: float) -> SendAnswer:
+        return await self._write(task_units.send, task_id, payload, now)
+
+    async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage:
+        return await self._read(queries.pull, task_id, epoch, after)
+
+    async def reap(self, dead_instances: Sequence[str], now: float) -> list[Ticket]:
+        return await self._write(task_units.reap, tuple(dead_instances), now)
+
+    async def due_tickets(self, *, limit: int = 1000, now: float | None = None) -> list[Ticket]:
+        return await self._read(queries.due_tickets, now, max(limit, 0))
+
+    # Reading
+
+    async def get_task(self, task_id: str) -> TaskRecord | None:
+        return await self._read(queries.get_task, task_id)
+
+    async def list_tasks(self, which: TaskFilter) -> list[TaskRecord]:
+        return await self._read(queries.list_tasks, which, max(which.limit, 0))
+
+    async def read_events(self, task_id: str, start: int, limit: int = 1000) -> EventPage | None:
+        return await self._read(queries.read_events, task_id, start, max(limit, 0))
+
+    async def count_tasks(self) -> Mapping[str, Mapping[str, int]]:
+        return await self._read(queries.count_tasks)
+
+
+def open_store(url: str, **options: Any) -> Store:
+    """The store that a URL names, to be entered with `async with`. The options are those of `SqlStore`.
+
+    Raises:
+        StoreError: the URL names no store that can be used.
+    """
+    return SqlStore(url, **options)
+
+
+async def _shielded(close: Callable[[], None], limiter: anyio.CapacityLimiter) -> None:
+    with anyio.CancelScope(shield=True):  # bounded: closing a file
+        await anyio.to_thread.run_sync(close, limiter=limiter)
+
+
+def _sqlite_path(url: str) -> Path | None:
+    """The file that a URL names, None for memory. Messages never repeat the URL: it may hold a password."""
+    try:
+        parsed = sa.make_url(url)
+        backend = parsed.get_backend_name()
+    except sa.exc.ArgumentError:
+        raise StoreError("The URL of the store cannot be read.", hint="Write sqlite:///path/to/file.db.") from None
+    if backend != "sqlite":
+        raise StoreError(f"There is no store for {backend!r} yet.", hint="Write sqlite:///path/to/file.db.")
+    if parsed.query or parsed.host or parsed.username or parsed.password:
+        raise StoreError(
+            "The URL of an SQLite store is a path and nothing else.", hint="Write sqlite:///path/to/file.db."
+        )
+    return None if parsed.database in (None, "", ":memory:") else Path(parsed.database or "")

@@ -1,0 +1,178 @@
+"""The tables, as SQLAlchemy Core: the same for every database.
+
+Rules of this file: nothing relies on a default or a type conversion of SQLAlchemy, because the statements run on the
+DBAPI cursor; booleans are 0 and 1, JSON is text, times are seconds. There are no foreign keys: whoever deletes a task
+deletes what belongs to it in the same unit, and the hot path does not pay for checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from ..protocol.lifecycle import OPEN, TaskStatus
+
+SCHEMA_VERSION: Final = 1
+
+metadata = sa.MetaData()
+
+# SQLite makes an INTEGER PRIMARY KEY its row id, and only that spelling.
+_ROW_NUMBER = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
+
+def status_literal(status: TaskStatus) -> sa.ColumnElement[str]:
+    """A status as SQL text, not as a parameter: a partial index serves only statements that spell its condition."""
+    return sa.literal_column(f"'{status.value}'", sa.Text)
+
+
+def status_in(statuses: Iterable[TaskStatus]) -> sa.ColumnElement[bool]:
+    """The condition that a task has one of these statuses, always in the same order."""
+    chosen = set(statuses)
+    return tasks.c.status.in_([status_literal(status) for status in TaskStatus if status in chosen])
+
+
+def _text(name: str, *, nullable: bool = False, **options: Any) -> sa.Column[Any]:
+    return sa.Column(name, sa.Text, nullable=nullable, **options)
+
+
+def _number(name: str, *, default: int | None = 0) -> sa.Column[Any]:
+    return sa.Column(name, sa.BigInteger, nullable=False, server_default=None if default is None else str(default))
+
+
+def _time(name: str, *, nullable: bool = True) -> sa.Column[Any]:
+    return sa.Column(name, sa.Double, nullable=nullable)
+
+
+meta = sa.Table("corral_meta", metadata, _text("key", primary_key=True), _text("value"))
+
+services = sa.Table(
+    "corral_services",
+    metadata,
+    _text("service_name", primary_key=True),
+    _text("definition"),
+    _text("events", nullable=True),
+    _text("start_schema", nullable=True),
+    _time("registered_at", nullable=False),
+)
+
+instances = sa.Table(
+    "corral_instances",
+    metadata,
+    _text("instance_id", primary_key=True),
+    _text("service_name"),
+    _number("capacity"),
+    _number("heartbeat"),
+    _time("started_at", nullable=False),
+)
+
+sessions = sa.Table(
+    "corral_sessions",
+    metadata,
+    _text("session_id", primary_key=True),
+    _text("state"),
+    _number("version"),
+    _text("policy"),
+    _time("created_at", nullable=False),
+)
+
+contexts = sa.Table(
+    "corral_contexts",
+    metadata,
+    _text("session_id", primary_key=True),
+    _text("service_name", primary_key=True),
+    _number("version", default=None),
+    _text("payload"),
+    _text("fingerprint", nullable=True),
+)
+
+tasks = sa.Table(
+    "corral_tasks",
+    metadata,
+    # The order of acceptance. Children refer to it: short keys that only grow, so their rows are appended.
+    sa.Column("no", _ROW_NUMBER, primary_key=True),
+    _text("task_id"),
+    _text("session_id"),
+    _number("implicit_session"),
+    _text("service_name"),
+    _text("status"),
+    _number("epoch"),
+    _number("attempts"),
+    _number("max_attempts", default=None),
+    _text("owner", nullable=True),
+    _text("nonce", nullable=True),
+    _number("report_seq"),
+    _number("event_count"),
+    _number("inbox_head"),
+    _number("has_checkpoint"),
+    _number("cancel_requested"),
+    _text("digest", nullable=True),
+    _time("created_at", nullable=False),
+    _time("started_at"),
+    _time("finished_at"),
+    _time("deadline"),
+    _time("not_before"),
+    sa.Column("context_saved", sa.BigInteger, nullable=True),
+    _text("context_error", nullable=True),
+    _text("input"),
+    _text("result", nullable=True),
+    _text("result_text", server_default=""),
+    _text("error", nullable=True),
+)
+
+task_events = sa.Table(
+    "corral_task_events",
+    metadata,
+    sa.Column("task_no", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("idx", sa.BigInteger, primary_key=True, autoincrement=False),
+    _number("epoch", default=None),
+    _text("type"),
+    _text("payload"),
+    sqlite_with_rowid=False,
+)
+
+task_inbox = sa.Table(
+    "corral_task_inbox",
+    metadata,
+    sa.Column("task_no", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    _text("payload"),
+    _time("sent_at", nullable=False),
+    sqlite_with_rowid=False,
+)
+
+checkpoints = sa.Table(
+    "corral_checkpoints",
+    metadata,
+    sa.Column("task_no", _ROW_NUMBER, primary_key=True, autoincrement=False),
+    _number("epoch", default=None),
+    _number("inbox_applied", default=None),
+    _text("snapshot"),
+    _text("fingerprint", nullable=True),
+)
+
+EXPLICIT: Final = tasks.c.implicit_session == sa.literal_column("0", sa.BigInteger)
+IS_OPEN: Final = status_in(OPEN)
+
+
+def _index(
+    name: str, *columns: sa.Column[Any], where: sa.ColumnElement[bool] | None = None, unique: bool = False
+) -> None:
+    sa.Index(name, *columns, unique=unique, sqlite_where=where, postgresql_where=where)
+
+
+_t = tasks.c
+_index("corral_tasks_id", _t.task_id, unique=True)
+# Lists by status newest first; what is queued oldest first.
+_index("corral_tasks_status", _t.status, _t.no)
+# Lists by service and status; counts of the open tasks without touching a row.
+_index("corral_tasks_status_service", _t.status, _t.service_name, _t.no)
+# The tasks of a session in order. An implicit session is found by the id of its task.
+_index("corral_tasks_session", _t.session_id, _t.no, where=EXPLICIT)
+# The line in front of (session, service): who is open, who is held next.
+_index("corral_tasks_line", _t.session_id, _t.service_name, _t.no, where=sa.and_(EXPLICIT, IS_OPEN))
+# What the reaper takes from a lost instance. Only open tasks, so it stays small.
+_index("corral_tasks_owner", _t.owner, where=sa.and_(_t.owner.is_not(None), IS_OPEN))
+_index("corral_tasks_deadline", _t.deadline, where=sa.and_(_t.deadline.is_not(None), IS_OPEN))
+_index("corral_instances_service", instances.c.service_name)
