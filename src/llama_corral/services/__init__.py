@@ -1,0 +1,8 @@
+"""WORKS: takes tickets from a queue and runs a workflow for each, bounded by a cap."""
+
+from .base import BaseService as BaseService
+from .codec import WorkflowCodec as WorkflowCodec
+from .config import WorkflowServiceConfig as WorkflowServiceConfig
+from .queue_coordinator import QueueCoordinator as QueueCoordinator
+from .workflow import ServiceStatistics as ServiceStatistics
+from .workflow import WorkflowService as WorkflowService

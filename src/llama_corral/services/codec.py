@@ -1,0 +1,224 @@
+"""Between a workflow's Python values and the JSON that is stored and sent.
+
+Types that come from the wire are looked up in an allow-list collected from the workflow, and never imported by name (P11).
+The list: the events of the step signatures, the state type, classes that the steps' code names (so that an event which is
+only waited for is known), their nested pydantic types, upstream's own events, and what the service's owner adds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
+
+import pydantic
+import pydantic_core
+from workflows import Context, Workflow
+from workflows.context import JsonSerializer
+from workflows.events import Event, HumanResponseEvent, StartEvent, StopEvent
+
+from ..exceptions import BadInput
+from ..protocol.records import EventRecord
+from ..runtime import workflow_state_type, workflow_step_functions
+
+
+class WorkflowCodec:
+    """Encodes and decodes for one workflow.
+
+    Args:
+        workflow: The workflow whose types are allowed.
+        types: More types to allow.
+    """
+
+    def __init__(self, workflow: Workflow, types: Iterable[type[Any]] = ()) -> None:
+        self._workflow = workflow
+        self._types = collect_types(workflow, types)
+        self._serializer = JsonSerializer(allowed_types=_without_clashes(self._types))
+        self._events: dict[str, type[Event]] = {}
+        for cls in self._types:
+            if issubclass(cls, Event):
+                self._events.setdefault(cls.__name__, cls)
+                self._events[f"{cls.__module__}.{cls.__name__}"] = cls
+                self._events[f"{cls.__module__}.{cls.__qualname__}"] = cls
+
+    @property
+    def serializer(self) -> JsonSerializer:
+        """Upstream's JSON serializer with the allow-list."""
+        return self._serializer
+
+    # Start
+
+    def start_event(self, arguments: Mapping[str, Any]) -> StartEvent:
+        """The workflow's start event. Raises BadInput where the workflow refuses the arguments."""
+        cls: type[StartEvent] = self._workflow.start_event_class
+        try:
+            return cls(**arguments)
+        except pydantic.ValidationError as exc:
+            raise BadInput(
+                f"the workflow refuses its start arguments: {_first_error(exc)}",
+                hint=f"{cls.__name__} takes: {_fields(cls)}",
+            ) from exc
+        except TypeError as exc:
+            raise BadInput(f"the workflow refuses its start arguments: {exc}") from exc
+
+    def start_schema(self) -> str | None:
+        """The JSON schema of the start event, None where pydantic cannot make one."""
+        return _schema(self._workflow.start_event_class)
+
+    # Events
+
+    def event_types(self) -> str:
+        """JSON text of `[{"name", "qualified_name", "schema"}]`: the events that can be sent from outside."""
+        described: dict[str, dict[str, Any]] = {}
+        for cls in self._types:
+            if issubclass(cls, Event) and not issubclass(cls, (StartEvent, StopEvent)):
+                name = f"{cls.__module__}.{cls.__name__}"
+                schema = _schema(cls)
+                described[name] = {
+                    "name": cls.__name__,
+                    "qualified_name": name,
+                    "schema": json.loads(schema) if schema else None,
+                }
+        return json.dumps(list(described.values()))
+
+    def decode_event(self, payload: str) -> Event:
+        """An event from upstream's serialization, or from `{"type": NAME, "value": {...}}`.
+
+        Raises:
+            BadInput: not JSON, no event, a type that is not allowed, or fields that the type refuses.
+        """
+        try:
+            data = json.loads(payload)
+        except ValueError as exc:
+            raise BadInput(f"the event is not JSON: {exc}") from exc
+        name, value = _name_and_value(data)
+        cls = self._events.get(name)
+        if cls is None:
+            # The same class under another path: the original's clients know events by their old modules.
+            cls = self._events.get(name.rpartition(".")[2])
+        if cls is None:
+            raise BadInput(
+                f"the workflow does not know an event of type {name!r}",
+                hint="it knows: " + ", ".join(sorted({known.__name__ for known in self._events.values()})),
+            )
+        try:
+            return cls.model_validate(value)
+        except (pydantic.ValidationError, TypeError) as exc:
+            detail = _first_error(exc) if isinstance(exc, pydantic.ValidationError) else str(exc)
+            raise BadInput(f"{cls.__name__} refuses its fields: {detail}") from exc
+
+    def canonical_event(self, payload: str) -> str:
+        """The event as upstream's serializer writes it, after `decode_event` has accepted it."""
+        return self._serializer.serialize(self.decode_event(payload))
+
+    def encode_event(self, event: Event) -> EventRecord:
+        """An event for the log. One that cannot be encoded becomes a record that says so, not a failed run."""
+        name = type(event).__name__
+        try:
+            return EventRecord(name, json.dumps(event.model_dump(mode="json"), allow_nan=False))
+        except Exception as exc:  # whatever a user's serializer raises
+            problem = {"error": f"{name} cannot be encoded as JSON: {type(exc).__name__}: {exc}"}
+            return EventRecord(name, json.dumps(problem))
+
+    # Results
+
+    def encode_result(self, stop: StopEvent) -> tuple[str, str]:
+        """The result as JSON text and as the original's text. What JSON does not know is written as its `str()`."""
+        value = stop.result if type(stop) is StopEvent else stop
+        return pydantic_core.to_json(value, fallback=str, inf_nan_mode="null").decode(), str(value)
+
+    # Contexts
+
+    def encode_context(self, context: Context[Any]) -> str:
+        """The context as JSON text. Raises what the serializer raises for state that is not JSON."""
+        return json.dumps(context.to_dict(self._serializer))
+
+    def decode_context(self, payload: str) -> Context[Any]:
+        """A context that can start or resume a run. Raises ContextSerdeError for what does not fit the workflow."""
+        return Context.from_dict(self._workflow, json.loads(payload), self._serializer)
+
+
+def collect_types(workflow: Workflow, more: Iterable[type[Any]] = ()) -> list[type[Any]]:
+    """The allow-list of a workflow, in a stable order, nested pydantic types included."""
+    found: dict[type[Any], None] = {}
+    pending: list[Any] = [HumanResponseEvent, *workflow.events, workflow_state_type(workflow), *more]
+    for function in workflow_step_functions(workflow).values():
+        pending.extend(_classes_named_in(function))
+    while pending:
+        cls = pending.pop(0)
+        if not isinstance(cls, type) or not issubclass(cls, pydantic.BaseModel) or cls in found:
+            continue
+        found[cls] = None
+        for field in cls.model_fields.values():
+            pending.extend(_classes_in(field.annotation))
+    return list(found)
+
+
+def _classes_named_in(function: Any) -> list[type[Any]]:
+    """Pydantic classes that the code of a step refers to by name, in its globals or its closure."""
+    inner = getattr(function, "__func__", function)
+    code = getattr(inner, "__code__", None)
+    if code is None:
+        return []
+    names = set(code.co_names)
+    for constant in code.co_consts:  # comprehensions and inner functions
+        if hasattr(constant, "co_names"):
+            names.update(constant.co_names)
+    values = [inner.__globals__.get(name) for name in sorted(names)]
+    for cell in inner.__closure__ or ():
+        try:
+            values.append(cell.cell_contents)
+        except ValueError:  # not yet assigned
+            continue
+    return [value for value in values if isinstance(value, type) and issubclass(value, pydantic.BaseModel)]
+
+
+def _classes_in(annotation: Any) -> list[type[Any]]:
+    if isinstance(annotation, type):
+        return [annotation]
+    return [cls for argument in get_args(annotation) for cls in _classes_in(argument)]
+
+
+def _without_clashes(types: list[type[Any]]) -> list[type[Any]]:
+    """Upstream refuses two classes of one name; the first one collected has it."""
+    names: dict[str, type[Any]] = {}
+    kept: list[type[Any]] = []
+    for cls in types:
+        own = {f"{cls.__module__}.{cls.__qualname__}", f"{cls.__module__}.{cls.__name__}"}
+        if all(names.get(name, cls) is cls for name in own):
+            names.update(dict.fromkeys(own, cls))
+            kept.append(cls)
+    return kept
+
+
+def _name_and_value(data: Any) -> tuple[str, Any]:
+    if isinstance(data, dict):
+        if isinstance(data.get("qualified_name"), str) and "value" in data:
+            return data["qualified_name"], data["value"]
+        if isinstance(data.get("type"), str):
+            return data["type"], data.get("value", {})
+    raise BadInput(
+        "an event is a JSON object with its type",
+        hint='for example {"type": "HumanResponseEvent", "value": {"response": "yes"}}',
+    )
+
+
+def _schema(cls: type[pydantic.BaseModel]) -> str | None:
+    try:
+        return json.dumps(cls.model_json_schema())
+    except Exception:  # a field of a type that pydantic cannot describe; the service works without
+        return None
+
+
+def _first_error(exc: pydantic.ValidationError) -> str:
+    first = exc.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else first["msg"]
+
+
+def _fields(cls: type[pydantic.BaseModel]) -> str:
+    if not cls.model_fields:
+        return "any fields"
+    return ", ".join(
+        f"{name}{'' if field.is_required() else ' (optional)'}" for name, field in cls.model_fields.items()
+    )
