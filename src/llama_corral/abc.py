@@ -7,16 +7,16 @@ if it passes. All of it is AnyIO: every implementation must work on Trio and on 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from .protocol.messages import QueueMessage
 from .protocol.records import (
     Accepted,
+    Checkpoint,
     Claim,
     ClaimRequest,
-    Checkpoint,
     DeletedSession,
     EventPage,
     HeartbeatAnswer,
@@ -30,7 +30,6 @@ from .protocol.records import (
     SendAnswer,
     ServiceInfo,
     ServiceRecord,
-    SessionPolicy,
     SessionRecord,
     TaskFilter,
     TaskRecord,
@@ -139,8 +138,21 @@ class Reservation(Protocol):
         """Give the slot back."""
 
 
-Offer = Callable[[], Reservation | None]
-"""Asks a service for a free slot now; None if it has none, or if tickets are waiting before this task."""
+class LocalService(Protocol):
+    """What a decider in the same process may ask of a service directly, without a message."""
+
+    def reserve(self) -> Reservation | None:
+        """A free slot now; None if there is none, if tickets are waiting before this task, or while draining."""
+
+    def check_start(self, arguments: Mapping[str, Any]) -> None:
+        """Raise BadInput where the workflow would refuse these start arguments."""
+
+    def check_event(self, payload: str) -> str:
+        """The canonical JSON text of an outside event.
+
+        Raises:
+            BadInput: it is malformed, or of a type that the workflow does not know.
+        """
 
 
 class Coordinator(ABC):
@@ -151,9 +163,9 @@ class Coordinator(ABC):
     """
 
     @abstractmethod
-    async def register(self, info: ServiceInfo, offer: Offer | None = None) -> Registration:
-        """Make the service and this instance of it known. A decider in the same process may use `offer` to hand over
-        tasks without a message; others ignore it."""
+    async def register(self, info: ServiceInfo, local: LocalService | None = None) -> Registration:
+        """Make the service and this instance of it known. A decider in the same process may use `local` to check input
+        at the door and to hand over tasks without a message; others ignore it."""
 
     @abstractmethod
     async def deregister(self, instance_id: str) -> None:
@@ -274,8 +286,13 @@ class Store(ABC):
         first terminal transaction wins."""
 
     @abstractmethod
-    async def release(self, task_id: str, epoch: int, checkpoint: Checkpoint | None, now: float) -> ReportAnswer:
-        """running or waiting -> queued, owner cleared, checkpoint replaced if one is given."""
+    async def release(
+        self, task_id: str, epoch: int, checkpoint: Checkpoint | None, now: float, *, idle: bool = False
+    ) -> ReportAnswer:
+        """running or waiting -> queued, owner cleared, checkpoint replaced if one is given.
+
+        `idle`: the run leaves memory until an event comes. It becomes waiting instead, without an owner, unless the inbox
+        holds more than the checkpoint has applied: then it is queued."""
 
     @abstractmethod
     async def request_cancel(self, task_id: str, now: float) -> SendAnswer:
@@ -306,8 +323,9 @@ class Store(ABC):
         `worker_lost`. Removes the instances. With unknown ids it does nothing."""
 
     @abstractmethod
-    async def due_tickets(self, *, limit: int = 1000) -> list[Ticket]:
-        """Queued tasks, oldest first: what start-up and the backstop publish (again)."""
+    async def due_tickets(self, *, limit: int = 1000, now: float | None = None) -> list[Ticket]:
+        """Queued tasks, oldest first: what start-up and the backstop publish (again). With `now`, those whose
+        `not_before` lies ahead are left out; a claim of them finds nothing until then."""
 
     # Reading
 
@@ -328,6 +346,3 @@ class Store(ABC):
     @abstractmethod
     def statistics(self) -> Mapping[str, Any]:
         """Numbers to look at: units, batches, the largest batch, what waits."""
-
-
-EventStream = AsyncIterator[EventPage]

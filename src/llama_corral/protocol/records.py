@@ -6,7 +6,7 @@ through unchanged. Times are seconds since the epoch (wall clock); durations are
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from .lifecycle import TaskStatus
@@ -338,7 +338,9 @@ class Registration:
 
 @dataclass(frozen=True, slots=True)
 class ServiceInfo:
-    """What a service says of itself when it registers."""
+    """What a service says of itself when it registers. `definition` is its ServiceDefinition as JSON text. `events`: JSON
+    text of a list of `{"name", "qualified_name", "schema"}` of the events it takes from outside; `start_schema`: the JSON
+    schema of its start event."""
 
     definition: str
     service_name: str
@@ -346,4 +348,3 @@ class ServiceInfo:
     capacity: int
     events: str | None = None
     start_schema: str | None = None
-    accepts: frozenset[str] = field(default_factory=frozenset)

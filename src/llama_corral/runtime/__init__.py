@@ -1,0 +1,17 @@
+"""The AnyIO-native runtime for llama-index workflows. The only package that touches `workflows` internals."""
+
+from .api import make_run as make_run
+from .api import open_run as open_run
+from .api import run_workflow as run_workflow
+from .describe import workflow_fingerprint as workflow_fingerprint
+from .describe import workflow_state_type as workflow_state_type
+from .describe import workflow_step_functions as workflow_step_functions
+from .hooks import RunHooks as RunHooks
+from .hooks import Slot as Slot
+from .hooks import SlotHooks as SlotHooks
+from .options import RunOptions as RunOptions
+from .options import RunStatistics as RunStatistics
+from .options import sync_step_limiter as sync_step_limiter
+from .run import Run as Run
+from .step import StepFlavour as StepFlavour
+from .stream import EventReader as EventReader
