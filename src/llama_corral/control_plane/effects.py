@@ -1,0 +1,215 @@
+"""What follows from a stored change: tickets and wake-ups on the queue, news for the readers of this process.
+
+Everything here is synchronous and is called right after a commit, so that no cancellation fits between the two. What
+needs the queue goes into an outbox, which support tasks empty. Nothing in it has to survive: the store says which
+tickets are due, and a wake-up is a hint.
+"""
+
+# ruff: noqa: RUF100 - flake8-async has rules that ruff does not have or has switched off
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Final
+
+import anyio
+from anyio.abc import TaskStatus
+
+from ..abc import MessageQueue, Store
+from ..events import Changes
+from ..exceptions import CorralError
+from ..protocol import topics
+from ..protocol.messages import ActionTypes, QueueMessage, TaskDefinition
+from ..protocol.records import ClaimRequest, SendAnswer, Terminal, Ticket
+from .config import ControlPlaneConfig
+from .registry import Registry
+
+logger = logging.getLogger(__name__)
+
+OUTBOX_LIMIT: Final = 10_000
+PUBLISHERS: Final = 4
+MESSAGES_INSTANCE: Final = "messages"
+"""The owner of tasks whose service takes them out of messages and never claims."""
+
+
+def messages_claim(task_id: str, now: float) -> ClaimRequest:
+    """The claim on behalf of such a service. The same for each task every time, so that it can be asked for again."""
+    return ClaimRequest(task_id, MESSAGES_INSTANCE, f"{MESSAGES_INSTANCE}:{task_id}", now)
+
+
+class Endings:
+    """Endings on their way to requests of this process that wait for them, past the store.
+
+    Only what was stored by this process comes this way; whoever finds nothing looks into the store.
+    """
+
+    def __init__(self) -> None:
+        self._wanted: dict[str, Terminal | None] = {}
+
+    def expect(self, task_id: str) -> AbstractContextManager[None]:
+        return _Expected(self._wanted, task_id)
+
+    def put(self, task_id: str, terminal: Terminal) -> None:
+        if task_id in self._wanted:
+            self._wanted[task_id] = terminal
+
+    def get(self, task_id: str) -> Terminal | None:
+        return self._wanted.get(task_id)
+
+
+class _Expected(AbstractContextManager[None]):
+    __slots__ = ("_task_id", "_wanted")
+
+    def __init__(self, wanted: dict[str, Terminal | None], task_id: str) -> None:
+        self._wanted = wanted
+        self._task_id = task_id
+
+    def __enter__(self) -> None:
+        self._wanted[self._task_id] = None
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._wanted.pop(self._task_id, None)
+
+
+class Effects:
+    """The acting half of the control plane. `publish_forever` is its support task.
+
+    Attributes:
+        changes: Who reads what in this process.
+        endings: Who waits for which ending in this process.
+        in_doubt: Set when a ticket may not have been published: look into the store soon.
+    """
+
+    def __init__(
+        self, store: Store, queue: MessageQueue, registry: Registry, config: ControlPlaneConfig, *, alone: bool
+    ) -> None:
+        self.changes = Changes()
+        self.endings = Endings()
+        self.in_doubt = anyio.Event()
+        self.publisher_id = f"control_plane-{id(self):x}"
+        self._store = store
+        self._queue = queue
+        self._registry = registry
+        self._config = config
+        self._alone = alone
+        self._namespace = config.topic_namespace
+        self._send, self._receive = anyio.create_memory_object_stream[Ticket | tuple[QueueMessage, str, bool]](
+            OUTBOX_LIMIT
+        )
+        self._published = self._failed = 0
+
+    # Deciders call these after their commit.
+
+    def tickets(self, due: Iterable[Ticket]) -> None:
+        for ticket in due:
+            self._put(ticket)
+
+    def answered(self, answer: SendAnswer, kind: str) -> None:
+        """An outside event or a cancel request was stored."""
+        self.tickets(answer.tickets)
+        if answer.owner is not None:
+            self.wake(answer.owner, answer.task_id, kind)
+        if answer.ended:
+            self.changed(answer.task_id)
+
+    def wake(self, instance_id: str, task_id: str, kind: str) -> None:
+        if instance_id != MESSAGES_INSTANCE:
+            self._broadcast(instance_id, {"task_id": task_id, "kind": kind})
+
+    def changed(self, task_id: str, *, ended: bool = True) -> None:
+        """News for the readers of a task, here and in the other control planes on the store."""
+        self.changes.notify(task_id, ended=ended)
+        if not self._alone:
+            self._broadcast(topics.CONTROL_PLANE_NAME, {"task_id": task_id, "kind": "ended" if ended else "events"})
+
+    def send_message(self, message: QueueMessage) -> None:
+        """Publish to the service that `message.type` names."""
+        self._put((message, topics.topic(self._namespace, message.type), False))
+
+    def _broadcast(self, instance_id: str, data: dict[str, Any]) -> None:
+        message = QueueMessage(publisher_id=self.publisher_id, action=ActionTypes.WAKE_UP, type=instance_id, data=data)
+        self._put((message, topics.instance(self._namespace, instance_id), True))
+
+    def _put(self, item: Ticket | tuple[QueueMessage, str, bool]) -> None:
+        try:
+            self._send.send_nowait(item)
+        except (anyio.WouldBlock, anyio.BrokenResourceError, anyio.ClosedResourceError):
+            # Full: the broker is away or slow. The store knows the ticket; the backstop brings it.
+            self._failed += 1
+            self.in_doubt.set()
+
+    # The outbox
+
+    def close(self) -> None:
+        """`publish_forever` ends when it has published what is in the outbox now."""
+        self._send.close()
+
+    async def publish_forever(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        async with anyio.create_task_group() as publishers:
+            for number in range(PUBLISHERS):
+                publishers.start_soon(self._publish_all, name=f"publisher {number}")
+            task_status.started()
+
+    async def _publish_all(self) -> None:
+        async for item in self._receive:
+            try:
+                with anyio.fail_after(self._config.publish_timeout):
+                    await self._publish(item)
+                self._published += 1
+            except (CorralError, TimeoutError) as error:
+                self._failed += 1
+                if not self.in_doubt.is_set():
+                    logger.warning("could not publish; the store keeps the ticket: %s", error or "timeout")
+                self.in_doubt.set()
+
+    async def _publish(self, item: Ticket | tuple[QueueMessage, str, bool]) -> None:
+        if isinstance(item, Ticket):
+            await self._publish_ticket(item)
+        else:
+            message, topic, everybody = item
+            await (self._queue.broadcast(message, topic) if everybody else self._queue.publish(message, topic))
+
+    async def _publish_ticket(self, ticket: Ticket) -> None:
+        if not await self._messages_only(ticket.service_name):
+            # Who claims gets everything else with the claim, in the version that is stored then.
+            await self._publish_task(TaskDefinition(input="", task_id=ticket.task_id, agent_id=ticket.service_name))
+            return
+        record = await self._store.get_task(ticket.task_id)
+        if record is None or record.status.is_terminal:
+            return
+        definition = TaskDefinition(
+            input=record.input, task_id=record.task_id, session_id=record.session_id, agent_id=record.service_name
+        )
+        await self._publish_task(definition)
+        # After the publishing: a crash in between publishes twice, the other order would lose the task.
+        await self._store.claim(messages_claim(ticket.task_id, record.created_at))
+
+    async def _publish_task(self, definition: TaskDefinition) -> None:
+        assert definition.agent_id is not None
+        message = QueueMessage(
+            publisher_id=self.publisher_id,
+            action=ActionTypes.NEW_TASK,
+            type=definition.agent_id,
+            data=definition.model_dump(),
+        )
+        await self._queue.publish(message, topics.topic(self._namespace, definition.agent_id))
+
+    async def _messages_only(self, service_name: str) -> bool:
+        known = self._registry.is_messages_only(service_name)
+        if known is None:
+            service = await self._store.get_service(service_name)
+            if service is not None:
+                self._registry.learn(service)
+            known = self._registry.is_messages_only(service_name)
+        return bool(known)
+
+    def statistics(self) -> Mapping[str, Any]:
+        buffer = self._send.statistics()
+        return {
+            "outbox": buffer.current_buffer_used,
+            "published": self._published,
+            "unpublished": self._failed,
+            "readers": self.changes.statistics(),
+        }

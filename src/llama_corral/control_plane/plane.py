@@ -1,0 +1,439 @@
+"""The control plane: decides over a store, acts over a message queue.
+
+`ControlPlane` is the coordinator of the services in its process, and what the HTTP routes and the message queue call.
+All decisions are the store's transactions; `effects.py` does what follows from them.
+"""
+
+# ruff: noqa: RUF100 - flake8-async has rules that ruff does not have or has switched off
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, Protocol, Self
+
+import anyio
+
+from ..abc import Coordinator, LocalService, MessageQueue, Store
+from ..events import LogReader, read_log, wait_terminal
+from ..exceptions import BadInput, Draining, NotFound
+from ..protocol.lifecycle import TaskStatus
+from ..protocol.messages import ActionTypes, QueueMessage, TaskDefinition, TaskStream, new_id
+from ..protocol.records import (
+    Accepted,
+    Checkpoint,
+    Claim,
+    ClaimRequest,
+    EventPage,
+    HeartbeatAnswer,
+    HeldTask,
+    InboxPage,
+    InstanceRecord,
+    NewTask,
+    Registration,
+    Report,
+    ReportAnswer,
+    SendAnswer,
+    ServiceInfo,
+    ServiceRecord,
+    TaskFilter,
+    TaskRecord,
+    Terminal,
+    Ticket,
+)
+from ..supervision import open_support_group
+from . import checks
+from .config import ControlPlaneConfig
+from .effects import MESSAGES_INSTANCE, Effects
+from .inbound import Inbound
+from .registry import Registry
+from .reports import MessageReports
+from .sessions import Services, Sessions, no_such_service
+from .upkeep import Upkeep
+
+logger = logging.getLogger(__name__)
+
+CLOSING_TIME: Final = 5.0
+OWNER_GRACE: Final = 2.0
+"""Seconds after a deadline that an owner gets to report the ending before a waiting request is answered without it."""
+
+
+class Stop(Protocol):
+    """An event of AnyIO or of Trio."""
+
+    def is_set(self) -> bool: ...
+
+
+class ControlPlane(anyio.AsyncContextManagerMixin, Coordinator):
+    """Accepts tasks, gives them to instances, keeps what they report, and cleans up after what died.
+
+        async with SqlStore(url) as store, MemoryMessageQueue() as queue, ControlPlane(store, queue) as plane:
+            await plane.register(info, service)
+            accepted = await plane.submit("hello", {"name": "Ada"})
+            record = await plane.wait_result(accepted.task_id, timeout=10)
+
+    Services of this process belong inside the block; when it is left, what they caused last is still published.
+
+    Args:
+        store: Open, and stays open longer than the block. So does `queue`.
+        config: Names and times; read from the environment if not given.
+        alone: No other process uses the store (an embedded one with an exclusive lock). Then every instance stored at
+            the start is dead, and what it held is queued again at once; else that takes a lease.
+        now: The wall clock.
+
+    Attributes:
+        sessions: Create, get, delete sessions and their state.
+        services: Definitions and numbers of the services.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        queue: MessageQueue,
+        *,
+        config: ControlPlaneConfig | None = None,
+        alone: bool = False,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.config = config if config is not None else ControlPlaneConfig()
+        self.draining = False
+        self._store = store
+        self._queue = queue
+        self._alone = alone
+        self._now = now
+        self._registry = Registry()
+        self._effects = Effects(store, queue, self._registry, self.config, alone=alone)
+        self._reports = MessageReports(store, self._effects, now)
+        self._upkeep = Upkeep(store, queue, self._registry, self._effects, self._reports, self.config, now)
+        self._inbound = Inbound(queue, self.config.topic_namespace, self.process_message)
+        self.sessions = Sessions(store, self._effects, now)
+        self.services = Services(store, self._registry, now)
+
+    @asynccontextmanager
+    async def __asynccontextmanager__(self) -> AsyncGenerator[Self, None]:
+        async with open_support_group() as support:
+            await support.start(self._effects.publish_forever, name="publish", grace=CLOSING_TIME)
+            await self._upkeep.start(alone=self._alone)
+            support.start_soon(self._upkeep.backstop_forever, name="backstop")
+            support.start_soon(self._upkeep.deadlines_forever, name="deadlines")
+            support.start_soon(self._reap, name="reaper")
+            if not self._alone:
+                support.start_soon(self._upkeep.listen_forever, name="other control planes")
+            support.start_soon(self._inbound.consume_forever, name="messages of services")
+            try:
+                yield self
+            finally:
+                self.start_drain()
+                self._effects.close()
+
+    async def _reap(self) -> None:
+        await self._upkeep.reap_forever(alone=self._alone)
+
+    def start_drain(self) -> None:
+        """Refuse new tasks from now on; requests that wait are answered. Services still report, release, deregister."""
+        self.draining = True
+        self._effects.changes.notify_all()
+
+    # The seam to services
+
+    async def register(self, info: ServiceInfo, local: LocalService | None = None) -> Registration:
+        checks.check_id(info.service_name, "service_name")
+        # A service that claims says something of itself, if only that it takes anything.
+        schema = "{}" if info.start_schema is None and info.events is None else info.start_schema
+        service = ServiceRecord(info.service_name, info.definition, self._now(), info.events, schema)
+        instance = InstanceRecord(info.instance_id, info.service_name, info.capacity, self._now())
+        await self._store.put_service(service, instance)
+        self._registry.learn(service)
+        if local is not None:
+            self._registry.add_local(info.service_name, info.instance_id, local)
+        return Registration(self.config.topic_namespace, self.config.heartbeat_interval)
+
+    async def deregister(self, instance_id: str) -> None:
+        self._registry.remove_instance(instance_id)
+        with anyio.CancelScope(shield=True):
+            # It should hold nothing any more; what it does hold is freed with it.
+            self._effects.tickets(await self._store.reap([instance_id], self._now()))
+
+    async def claim(self, ticket: Ticket, instance_id: str, nonce: str) -> Claim | None:
+        return await self._store.claim(ClaimRequest(ticket.task_id, instance_id, nonce, self._now()))
+
+    async def report(self, report: Report) -> ReportAnswer:
+        terminal = report.terminal
+        # With an ending come tickets and answers to give, and a cancellation must not come in between.
+        with anyio.CancelScope(shield=terminal is not None):
+            try:
+                answer = await self._store.report(report)
+            finally:
+                if terminal is None and report.events:
+                    self._effects.changed(report.task_id, ended=False)
+            if terminal is not None:
+                if answer.status == "ok":
+                    self._effects.endings.put(report.task_id, terminal)
+                self._effects.tickets(answer.tickets)
+                self._effects.changed(report.task_id)
+        return answer
+
+    async def release(self, task_id: str, epoch: int, checkpoint: Checkpoint | None) -> ReportAnswer:
+        with anyio.CancelScope(shield=True):
+            answer = await self._store.release(task_id, epoch, checkpoint, self._now())
+            self._effects.tickets(answer.tickets)
+        return answer
+
+    async def heartbeat(self, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:
+        return await self._store.heartbeat(instance_id, held)
+
+    async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage:
+        return await self._store.pull(task_id, epoch, after)
+
+    # Tasks
+
+    async def submit(
+        self,
+        service_name: str,
+        arguments: str | Mapping[str, Any],
+        *,
+        session_id: str | None = None,
+        task_id: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - of the task, not of the call
+        client_id: bool = True,
+    ) -> Accepted:
+        """Accept a task. When this returns it is stored and will end in exactly one record; whether it has started, or
+        waits for a slot or its turn, is in the answer's status. A cancelled call may or may not have stored it.
+
+        Args:
+            arguments: The start arguments of the workflow: a JSON object, or the text of one.
+            session_id: Run in this session; None: in one of its own, which ends with the task.
+            task_id: An id chosen by the client. The same again under the same id is answered as the first time.
+            timeout: Seconds until the task, wherever it is, ends as timed out.
+            client_id: False if `task_id` is fresh, so that nobody will repeat it.
+
+        Raises:
+            NotFound: the service or the session does not exist.
+            BadInput: the arguments are no JSON object, or the workflow refuses them; a bad id or timeout.
+            Conflict: the task id belongs to another request; the session is busy and takes one task at a time.
+            Draining: this process stops.
+        """
+        if self.draining:
+            raise Draining("This control plane is stopping.", hint="Send the request again; another one may answer it.")
+        text, parsed = checks.start_arguments(arguments)
+        checks.check_timeout(timeout)
+        await self._check_start(service_name, parsed)
+        now = self._now()
+        task = NewTask(
+            task_id=new_id() if task_id is None else checks.check_id(task_id, "task_id"),
+            service_name=service_name,
+            input=text,
+            created_at=now,
+            session_id=session_id,
+            deadline=None if timeout is None else now + timeout,
+            max_attempts=self.config.max_attempts,
+            digest=checks.digest(service_name, session_id, text, timeout) if task_id and client_id else None,
+        )
+        with anyio.CancelScope(shield=True):
+            accepted = await self._accept(task)
+        if task.deadline is not None:
+            self._upkeep.deadlines.add(task.deadline, now)
+        return accepted
+
+    async def _check_start(self, service_name: str, arguments: Mapping[str, Any]) -> None:
+        local = self._registry.local(service_name)
+        if local is not None:
+            local.check_start(arguments)
+            return
+        service = await self._store.get_service(service_name)
+        if service is None:
+            raise no_such_service(service_name)
+        self._registry.learn(service)
+        checks.check_start(service.start_schema, arguments)
+
+    async def _accept(self, task: NewTask) -> Accepted:
+        """Store it, with the claim if an instance here has a free slot; whichever it is, exactly one way starts it."""
+        reservation = self._registry.reserve(task.service_name)
+        if reservation is None:
+            accepted = await self._store.accept(task)
+        else:
+            try:
+                request = ClaimRequest(task.task_id, reservation.instance_id, new_id(), task.created_at)
+                accepted = await self._store.accept(task, request)
+            except BaseException:
+                reservation.cancel()
+                raise
+            if accepted.claim is None:
+                reservation.cancel()
+            else:
+                reservation.start(accepted.claim)
+        if accepted.status is TaskStatus.QUEUED:
+            self._effects.tickets([Ticket(accepted.task_id, task.service_name)])
+        return accepted
+
+    async def run(
+        self,
+        service_name: str,
+        arguments: str | Mapping[str, Any],
+        *,
+        task_id: str,
+        session_id: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - of the task, not of the call
+        client_id: bool = False,
+        drain: Stop | None = None,
+    ) -> tuple[Accepted, Terminal | None]:
+        """`submit`, then wait for the ending. None: the process drains, or the owner did not end the task in time; it
+        goes on. A cancelled call leaves the task to the caller, who knows its id."""
+        effects = self._effects
+        with effects.changes.watch(task_id, endings_only=True) as watch, effects.endings.expect(task_id):
+            accepted = await self.submit(
+                service_name, arguments, session_id=session_id, task_id=task_id, timeout=timeout, client_id=client_id
+            )
+            limit = None if timeout is None else timeout + OWNER_GRACE
+            with anyio.move_on_after(limit):
+                # A repeated task may have ended before we came; any other wakes us when it ends.
+                while accepted.created and not self._stopping(drain):
+                    with anyio.move_on_after(self.config.backstop_interval):
+                        await watch.wait()
+                    terminal = effects.endings.get(task_id) or await self._stored_ending(task_id)
+                    if terminal is not None:
+                        return accepted, terminal
+                record = await wait_terminal(self._store, effects.changes, task_id, limit, drain=drain)  # type: ignore[arg-type]
+                return accepted, None if record is None else _terminal(record)
+        return accepted, None
+
+    def _stopping(self, drain: Stop | None) -> bool:
+        return self.draining or (drain is not None and drain.is_set())
+
+    async def _stored_ending(self, task_id: str) -> Terminal | None:
+        record = await self.get_task(task_id)
+        return _terminal(record) if record.status.is_terminal else None
+
+    async def cancel(self, task_id: str) -> SendAnswer:
+        """Ask for a task's cancellation. One that nobody holds ends at once; else its owner is told, and its record
+        says cancelled when the run has ended, unless it ended otherwise before.
+
+        Raises:
+            NotFound, Conflict: no such task; it has ended.
+        """
+        with anyio.CancelScope(shield=True):
+            answer = await self._store.request_cancel(task_id, self._now())
+            self._effects.answered(answer, "cancel")
+            if answer.owner == MESSAGES_INSTANCE:
+                await self._reports.end(await self.get_task(task_id), TaskStatus.CANCELLED, "The task was cancelled.")
+        return answer
+
+    async def send_event(self, task_id: str, payload: str, *, service_name: str | None = None) -> SendAnswer:
+        """Give a task an outside event, whether it asks for one already or not.
+
+        Args:
+            payload: The event as JSON text, as upstream's JsonSerializer writes it.
+            service_name: What the sender takes for the task's service; checked if given.
+
+        Raises:
+            BadInput: the event is malformed or of a type that the workflow does not know; the service is another one.
+            NotFound, Conflict: no such task; it has ended.
+        """
+        record = await self.get_task(task_id)
+        if service_name and service_name != record.service_name:
+            raise BadInput(
+                f"The task {task_id!r} runs on {record.service_name!r}, not on {service_name!r}.",
+                hint="Name the service that the task was given to, or none.",
+            )
+        local = self._registry.local(record.service_name)
+        if local is not None:
+            payload = local.check_event(payload)
+        else:
+            service = await self._store.get_service(record.service_name)
+            payload = checks.check_event(None if service is None else service.events, payload)
+        with anyio.CancelScope(shield=True):
+            answer = await self._store.send(task_id, payload, self._now())
+            self._effects.answered(answer, "event")
+        if self._registry.is_messages_only(record.service_name):
+            self._forward_event(record, payload)
+        return answer
+
+    def _forward_event(self, record: TaskRecord, payload: str) -> None:
+        event = TaskDefinition(
+            input=payload, task_id=record.task_id, session_id=record.session_id, agent_id=record.service_name
+        )
+        message = QueueMessage(
+            publisher_id=self._effects.publisher_id,
+            action=ActionTypes.SEND_EVENT,
+            type=record.service_name,
+            data=event.model_dump(),
+        )
+        self._effects.send_message(message)
+
+    async def get_task(self, task_id: str) -> TaskRecord:
+        """Raises `NotFound`."""
+        record = await self._store.get_task(task_id)
+        if record is None:
+            raise NotFound(f"There is no task {task_id!r}.", hint="GET /tasks lists the tasks.", task_id=task_id)
+        return record
+
+    async def list_tasks(self, which: TaskFilter) -> list[TaskRecord]:
+        return await self._store.list_tasks(which)
+
+    async def read_events(self, task_id: str, start: int = 0, limit: int = 1000) -> EventPage:
+        """What is in the log now. Raises `NotFound`."""
+        page = await self._store.read_events(task_id, start, limit)
+        if page is None:
+            raise NotFound(f"There is no task {task_id!r}.", task_id=task_id)
+        return page
+
+    def open_log(self, task_id: str, start: int = 0, *, drain: Any = None) -> LogReader:
+        """The task's events from `start` to the terminal record, as they come: see `events.read_log`."""
+        return read_log(self._store, self._effects.changes, task_id, start, drain=drain)
+
+    async def wait_result(
+        self,
+        task_id: str,
+        timeout: float | None = None,  # noqa: ASYNC109 - of the task, not of the call
+        *,
+        drain: Any = None,
+    ) -> TaskRecord | None:
+        """The terminal record; None if it does not come within `timeout` seconds, or `drain` is set.
+
+        Raises:
+            NotFound: there is no such task, or it was deleted meanwhile.
+        """
+        return await wait_terminal(self._store, self._effects.changes, task_id, timeout, drain=drain)
+
+    # Messages of services that report by messages
+
+    async def process_message(self, message: QueueMessage) -> None:
+        """NEW_TASK, TASK_STREAM or COMPLETED_TASK, as the original's services and clients send them. Repeating one
+        changes nothing.
+
+        Raises:
+            BadInput: another action, or its data are malformed.
+            UsageError: what `submit` raises; a task that does not exist, or that an instance holds.
+        """
+        handled = checks.message_data(message)
+        if isinstance(handled, TaskDefinition):
+            await self.submit_definition(handled)
+        elif isinstance(handled, TaskStream):
+            await self._reports.stream(handled)
+        else:
+            await self._reports.completed(handled)
+
+    async def submit_definition(self, definition: TaskDefinition) -> Accepted:
+        """A task as the original's clients write it; without a session it gets one of its own, which stays."""
+        if not definition.agent_id:
+            raise BadInput("The task does not name its service: agent_id is missing.", hint="GET /services lists them.")
+        session_id = definition.session_id or (await self.sessions.create()).session_id
+        return await self.submit(
+            definition.agent_id, definition.input, session_id=session_id, task_id=definition.task_id
+        )
+
+    def statistics(self) -> Mapping[str, Any]:
+        """Numbers to look at: of this process, the store and the queue."""
+        return {
+            "draining": self.draining,
+            "local_services": self._registry.statistics(),
+            **self._effects.statistics(),
+            "store": self._store.statistics(),
+            "queue": self._queue.statistics(),
+        }
+
+
+def _terminal(record: TaskRecord) -> Terminal:
+    return Terminal(record.status, record.result, record.result_text, record.error, record.context_error)
