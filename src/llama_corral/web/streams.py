@@ -126,25 +126,40 @@ async def _end_on(drain: trio.Event, ending: _Ending) -> None:
     ending.scope.cancel()
 
 
-def ndjson(source: AsyncIterable[Any], *, farewell: Any = None, ends_on_drain: bool = True) -> Stream:
+def ndjson(
+    source: AsyncIterable[Any],
+    *,
+    convert: Callable[[Any], Any] | None = None,
+    farewell: Any = None,
+    ends_on_drain: bool = True,
+) -> Stream:
     """A stream of one JSON document a line. Bytes are taken as whole, encoded lines; anything else is encoded.
 
     Args:
+        convert: Makes of each item what is to be sent. Use it, not a generator around a generator: closing the outer
+            one leaves the inner one to the garbage collector.
         farewell: A last line sent when the drain ends the stream. None sends none: the lines are then events only.
     """
     last = b"" if farewell is None else _line(farewell)
-    return Stream(source, _line, "application/x-ndjson", farewell=last, ends_on_drain=ends_on_drain)
+    encode = _after(convert, _line)
+    return Stream(source, encode, "application/x-ndjson", farewell=last, ends_on_drain=ends_on_drain)
 
 
-def sse(source: AsyncIterable[Any], *, heartbeat: float = 15.0, ends_on_drain: bool = True) -> Stream:
+def sse(
+    source: AsyncIterable[Any],
+    *,
+    convert: Callable[[Any], Any] | None = None,
+    heartbeat: float = 15.0,
+    ends_on_drain: bool = True,
+) -> Stream:
     """A stream of server-sent events. The source yields `ServerEvent`, encoded bytes, or data to be sent as JSON.
 
     When the stream was silent for `heartbeat` seconds a comment is sent, so that proxies keep the connection. When the
-    drain ends it, `event: drain` is sent: come back with `Last-Event-ID`.
+    drain ends it, `event: drain` is sent: come back with `Last-Event-ID`. `convert` is as in `ndjson`.
     """
     return Stream(
         source,
-        _event,
+        _after(convert, _event),
         "text/event-stream",
         heartbeat=b": keep-alive\n\n",
         heartbeat_interval=heartbeat,
@@ -195,6 +210,12 @@ def _as_bytes(value: Any) -> bytes:
     if isinstance(value, str):
         return value.encode()
     return to_json(value, by_alias=True, inf_nan_mode="null")
+
+
+def _after(convert: Callable[[Any], Any] | None, encode: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    if convert is None:
+        return encode
+    return lambda item: encode(convert(item))
 
 
 def _line(item: Any) -> bytes:
