@@ -10,7 +10,7 @@ from typing import Final, Literal
 from ..exceptions import BadInput, CorralError, StoreError, StoreUnavailable
 from . import schema, tables
 from .process_lock import ProcessLock
-from .statements import DIALECTS, Statements
+from .statements import DIALECTS, Statements, statements_for
 from .transaction import Transaction
 
 Durability = Literal["normal", "full"]
@@ -101,7 +101,7 @@ class SqliteDatabase:
     def __init__(self, path: Path | None, durable: Durability) -> None:
         self.path = path
         self._durable = durable
-        self._sql = Statements(DIALECTS["sqlite"]())
+        self._sql = statements_for("sqlite")
         self._lock: ProcessLock | None = None
 
     def open(self) -> None:
@@ -199,7 +199,7 @@ def _prepare(connection: sqlite3.Connection, path: Path | None) -> None:
             for statement in statements:
                 connection.execute(statement)
             version = {"key": "schema_version", "value": str(tables.SCHEMA_VERSION)}
-            connection.execute(Statements(DIALECTS["sqlite"]()).put_meta, version)
+            connection.execute(statements_for("sqlite").put_meta, version)
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
@@ -208,7 +208,7 @@ def _prepare(connection: sqlite3.Connection, path: Path | None) -> None:
 
 
 def _schema_version(connection: sqlite3.Connection, path: Path | None) -> int:
-    row = connection.execute(Statements(DIALECTS["sqlite"]()).get_meta, {"key": "schema_version"}).fetchone()
+    row = connection.execute(statements_for("sqlite").get_meta, {"key": "schema_version"}).fetchone()
     if row is None or not str(row[0]).isdecimal():
         raise StoreError(f"The store does not say its schema version: {path}", hint="Restore it from a backup.")
     return int(row[0])

@@ -7,6 +7,7 @@ table of transitions does not list.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,13 @@ DIALECTS: dict[str, Callable[[], Dialect]] = {
     "sqlite": lambda: sqlite.dialect(paramstyle="named"),
     "postgresql": lambda: postgresql.dialect(paramstyle="pyformat"),  # type: ignore[no-untyped-call]
 }
+
+
+@functools.cache
+def statements_for(dialect: str) -> Statements:
+    """The statements of a dialect, compiled at the first call (some 20 ms)."""
+    return Statements(DIALECTS[dialect]())
+
 
 _INSERT: dict[str, Callable[[sa.Table], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 

@@ -15,6 +15,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 
+from ..exceptions import StoreUnavailable
 from .transaction import Connection
 from .work import T, Unit, Work, closed, explain, run_alone
 
@@ -144,7 +145,7 @@ class Writer:
             assert isinstance(error, Exception)
             logger.error("A batch of %d units was not stored: %s", len(batch), error)
             for work in batch:
-                work.fail(explain(self._connection, error))
+                work.fail(_unavailable(self._connection, error))
 
     def _together(self, batch: list[Work[Any]]) -> bool:
         """All units in one transaction. False if one failed: everything is rolled back."""
@@ -185,6 +186,16 @@ class Writer:
             connection.commit()
         for work, result in results:
             work.succeed(result)
+
+
+def _unavailable(connection: Connection, error: Exception) -> StoreUnavailable:
+    """What those are told who share a transaction with somebody's error."""
+    told = explain(connection, error)
+    if isinstance(told, StoreUnavailable):
+        return told
+    lost = StoreUnavailable(f"The store undid the transaction: {error}")
+    lost.__cause__ = error
+    return lost
 
 
 @contextmanager
