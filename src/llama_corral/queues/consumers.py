@@ -139,7 +139,11 @@ class RemoteMessageConsumer(BaseMessageQueueConsumer):
         else:
             response = await self._post(self._client, message)
         self._check(response)
-        return response.json() if response.content else None
+        if not response.content:
+            return None
+        # Taken is taken: an answer in another format must not bring the message back.
+        is_json = response.headers.get("Content-Type", "").startswith("application/json")
+        return response.json() if is_json else response.text
 
     async def _post(self, client: httpx.AsyncClient, message: QueueMessage) -> httpx.Response:
         body, headers = message.model_dump_json(), {"Content-Type": "application/json"}
