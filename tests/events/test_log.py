@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
+import random
 
 import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 
 from llama_corral.events import Changes, LogReader, read_log, wait_terminal
 from llama_corral.exceptions import NotFound, StoreUnavailable
@@ -160,20 +162,55 @@ async def test_many_readers_from_different_indices_see_the_same_log(store: FakeL
     assert changes.statistics() == {"tasks": 0, "watches": 0}
 
 
+@pytest.mark.promise("P1", "P3", "P12")
+@pytest.mark.parametrize("seed", range(20))
+async def test_no_interleaving_loses_or_repeats_an_event(store: FakeLog, changes: Changes, seed: int) -> None:
+    """Events and the ending come between any read and any wait, and while readers are at work on a page."""
+    chance = random.Random(seed)
+    seen: dict[int, list[int]] = {start: [] for start in range(0, 30, 5)}
+
+    def happen() -> None:
+        if store.record is not None and not store.record.status.is_terminal:
+            store.append(*range(chance.randrange(4)))
+            if len(store.events) >= 40:
+                store.end()
+        store.after_read = happen if chance.random() < 0.8 else None
+
+    async def read(start: int, into: list[int]) -> None:
+        with LogReader(store, changes, "t", start, page_events=chance.randrange(1, 5)) as log:
+            async for page in log:
+                into.extend(event.index for event in page.events)
+                for _ in range(chance.randrange(3)):
+                    await checkpoint()
+
+    happen()
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as tasks:
+            for start, into in seen.items():
+                tasks.start_soon(read, start, into)
+            while store.record is not None and not store.record.status.is_terminal:
+                await anyio.wait_all_tasks_blocked()
+                happen()
+    assert seen == {start: list(range(start, len(store.events))) for start in seen}
+    assert changes.statistics() == {"tasks": 0, "watches": 0}
+
+
 @pytest.mark.promise("P7")
-async def test_drain_ends_a_waiting_reader(store: FakeLog, changes: Changes) -> None:
-    drain = anyio.Event()
+@pytest.mark.parametrize("drain", [None, "event"])
+async def test_drain_ends_a_waiting_reader(store: FakeLog, changes: Changes, drain: str | None) -> None:
+    event = anyio.Event() if drain else None
     store.append(0)
-    log = read_log(store, changes, "t", drain=drain)
+    log = read_log(store, changes, "t", drain=event)
     seen: list[int] = []
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(collect, log, seen)
         await anyio.wait_all_tasks_blocked()
         store.append(1)
         await anyio.wait_all_tasks_blocked()
-        drain.set()
+        event.set() if event else changes.drain()
     assert seen == [0, 1]
     assert (log.ended, log.drained, log.cursor) == (False, True, 2)
+    assert await collect(read_log(store, changes, "t", 1, drain=event)) == [1]
     assert changes.statistics()["watches"] == 0
 
 
@@ -209,6 +246,7 @@ async def test_an_opened_log_repeats_its_first_page(store: FakeLog, changes: Cha
     with read_log(store, changes, "t") as log:
         first = await log.open()
         assert len(first.events) == 2
+        assert await log.open() is first
         assert await anext(log) is first
         store.end()
         assert [page.events async for page in log] == [()]
@@ -342,6 +380,21 @@ async def test_long_poll_ends_with_its_time_and_with_the_drain(store: FakeLog, c
     assert await wait_terminal(store, changes, "t", None, drain=drain) is None
     store.end()
     assert await wait_terminal(store, changes, "t", 0, drain=drain) is not None
+
+
+@pytest.mark.promise("P7")
+async def test_long_poll_ends_when_the_process_stops(store: FakeLog, changes: Changes) -> None:
+    got = []
+
+    async def poll() -> None:
+        got.append(await wait_terminal(store, changes, "t", None))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(poll)
+        await anyio.wait_all_tasks_blocked()
+        changes.drain()
+    await poll()
+    assert got == [None, None]
 
 
 async def test_long_poll_backstop(store: FakeLog, changes: Changes) -> None:

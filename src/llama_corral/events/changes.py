@@ -76,6 +76,7 @@ class Changes:
     def __init__(self) -> None:
         # Dicts as ordered sets: who came first is woken first.
         self._watches: dict[str, dict[Watch, None]] = {}
+        self.draining = False
 
     def watch(self, task_id: str, *, endings_only: bool = False) -> Watch:
         """A handle to enter *before* the store is read. `endings_only` spares a reader of results what is no ending."""
@@ -92,6 +93,11 @@ class Changes:
         for watches in self._watches.values():
             for watch in watches:
                 watch._wake()
+
+    def drain(self) -> None:
+        """The process stops: readers deliver what is stored and end. For good; a reader that begins later ends too."""
+        self.draining = True
+        self.notify_all()
 
     def statistics(self) -> Mapping[str, Any]:
         return {"tasks": len(self._watches), "watches": sum(map(len, self._watches.values()))}

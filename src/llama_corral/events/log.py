@@ -75,6 +75,9 @@ class LogReader:
         """Read once without waiting, so that a missing task is known before an answer is begun. What the page holds
         comes again as the first of the iteration."""
         try:
+            if self._kept is not None:
+                await checkpoint()
+                return self._kept
             self._hold()
             page = self._kept = await self._read()
         except BaseException:
@@ -140,7 +143,7 @@ class LogReader:
 
     async def _read(self) -> EventPage:
         # Asked before the read: what was stored when the drain began is still delivered.
-        draining = self._drain is not None and self._drain.is_set()
+        draining = _is_draining(self._changes, self._drain)
         page = await self._store.read_events(self.task_id, self.cursor, self._limit)
         if page is None:
             raise NotFound(f"No task {self.task_id!r}", hint="It may have been deleted.", task_id=self.task_id)
@@ -170,8 +173,9 @@ def read_log(
 ) -> LogReader:
     """Iterate over a task's log from index `start` until its terminal record; an index beyond the end waits for it.
 
-    `drain` ends the iteration cleanly after what is stored. `backstop` reads again when no news came for so long: other
-    processes' wake-ups are hints.
+    `changes.drain()` ends the iteration cleanly after what is stored; so does the event `drain`, where somebody else
+    stops, at the price of a task group for each wait. `backstop` reads again when no news came for so long: wake-ups
+    from other processes are hints.
 
         with read_log(store, changes, task_id) as log:
             async for page in log:
@@ -199,7 +203,7 @@ async def wait_terminal(
     deadline = math.inf if timeout is None else anyio.current_time() + timeout
     with changes.watch(task_id, endings_only=True) as watch:
         while True:
-            over = anyio.current_time() >= deadline or (drain is not None and drain.is_set())
+            over = anyio.current_time() >= deadline or _is_draining(changes, drain)
             record = await store.get_task(task_id)
             if record is None:
                 raise NotFound(f"No task {task_id!r}", hint="It may have been deleted.", task_id=task_id)
@@ -210,6 +214,10 @@ async def wait_terminal(
             patience = math.inf if backstop is None else anyio.current_time() + backstop
             with anyio.CancelScope(deadline=min(deadline, patience)):
                 await _wait_news(watch, drain)
+
+
+def _is_draining(changes: Changes, drain: anyio.Event | None) -> bool:
+    return changes.draining or (drain is not None and drain.is_set())
 
 
 async def _wait_news(watch: Watch, drain: anyio.Event | None) -> None:
