@@ -1,0 +1,68 @@
+"""Running a long-lived program from the command line: signals, drain deadline, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ..exceptions import CorralError
+
+logger = logging.getLogger(__name__)
+
+DRAIN_MARGIN = 15.0
+"""Seconds beyond a service's own drain time after which a program that does not end is ended."""
+
+
+def run_program(prepare: Callable[[], Any], main: Callable[[Any, Any], Awaitable[int]]) -> int:
+    """Prepare, then run `main(prepared, stop)` on Trio until it returns an exit code.
+
+    The first SIGINT or SIGTERM sets `stop`, the second ends the process at once. An error that the operator can mend is one
+    line and its hint on stderr.
+    """
+    import trio
+
+    from ..supervision import EXIT_SETUP
+
+    try:
+        prepared = prepare()
+        return trio.run(_with_signals, prepared, main)
+    except CorralError as exc:
+        return _complain(exc, EXIT_SETUP)
+    except BaseExceptionGroup as group:
+        known = _only_corral_error(group)
+        if known is None:
+            raise
+        return _complain(known, EXIT_SETUP)
+
+
+async def _with_signals(prepared: Any, main: Callable[[Any, Any], Awaitable[int]]) -> int:
+    import trio
+
+    from ..supervision import drain_deadline, open_support_group, stop_on_signal
+
+    stop = trio.Event()
+    code = 0
+    async with open_support_group() as support:
+        await support.start(lambda *, task_status: stop_on_signal(stop, task_status=task_status), name="signals")
+        options = prepared[1]
+        async with drain_deadline(stop, options.drain_timeout + DRAIN_MARGIN):
+            code = await main(prepared, stop)
+    return code
+
+
+def _complain(error: CorralError, code: int) -> int:
+    hint = f" ({error.hint})" if error.hint else ""
+    print(f"corral: {error}{hint}", file=sys.stderr)
+    return code
+
+
+def _only_corral_error(group: BaseExceptionGroup[BaseException]) -> CorralError | None:
+    """The one error in nested groups, if it is ours. Several, or anything else, deserve their tracebacks."""
+    inner: BaseException = group
+    while isinstance(inner, BaseExceptionGroup):
+        if len(inner.exceptions) != 1:
+            return None
+        inner = inner.exceptions[0]
+    return inner if isinstance(inner, CorralError) else None
