@@ -72,9 +72,8 @@ async def test_a_helper_crash_cancels_the_body_and_the_error_is_in_a_group():
             finally:
                 log.append("body left")
 
-    with pytest.raises(ExceptionGroup) as caught:
+    with pytest.RaisesGroup(pytest.RaisesExc(ValueError, match="publisher broke")):
         await service()
-    assert [str(error) for error in caught.value.exceptions] == ["publisher broke"]
     assert log == ["body left", "other ended"]
 
 
@@ -104,9 +103,8 @@ async def test_errors_of_body_and_helper_are_reported_together():
             await anyio.wait_all_tasks_blocked()
             raise KeyError("body")
 
-    with pytest.raises(ExceptionGroup) as caught:
+    with pytest.RaisesGroup(ValueError, KeyError):
         await service()
-    assert {type(error) for error in caught.value.exceptions} == {ValueError, KeyError}
 
 
 @pytest.mark.promise("P1")
@@ -293,5 +291,5 @@ async def test_restart_lets_other_errors_out():
     async def adapter() -> None:
         raise ExceptionGroup("mixed", [OSError(), KeyError("bug")])
 
-    with pytest.raises(ExceptionGroup):
+    with pytest.RaisesGroup(OSError, KeyError):
         await restart(adapter, retry_on=OSError, what="it")

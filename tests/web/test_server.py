@@ -7,6 +7,7 @@ import ssl
 import subprocess
 
 import anyio
+import httpx
 import pytest
 import trio
 import trio.testing
@@ -142,7 +143,7 @@ async def serve_app(app, task_status):
 @pytest.mark.promise("P7")
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
 async def test_a_client_that_stops_reading_does_not_block_the_stop(make_app, running, hot):
-    async def source():
+    async def source():  # noqa: ASYNC900 - a stream's source is one
         while True:
             yield b"x" * 1_000_000
 
@@ -184,6 +185,33 @@ async def test_tls(make_app, running, certificate):
             while data := await stream.receive_some():
                 received += data
         assert received.startswith(b"HTTP/1.1 200")
+
+
+async def test_http_2_over_tls(make_app, running, certificate, hot):
+    cert, key = certificate
+
+    async def lines() -> Stream:
+        return ndjson(source())
+
+    async def source():  # noqa: ASYNC900 - what ndjson takes
+        yield 1
+        await trio.sleep_forever()
+
+    app = make_app(tls_cert=cert, tls_key=key, body_limit=1000)
+    app.add("GET", "/lines", lines, hot=hot)
+    context = ssl.create_default_context(cafile=cert)
+    async with running(app) as server, httpx.AsyncClient(http2=True, verify=context) as client:
+        url = f"https://localhost:{server.port}"
+        for _ in range(2):
+            found = await client.post(f"{url}/nowhere", content=b"x" * 100_000)
+            assert (found.http_version, found.status_code) == ("HTTP/2", 413)
+            assert "connection" not in found.headers
+            assert (await client.get(f"{url}/health")).status_code == 200
+        async with client.stream("GET", f"{url}/lines") as found:
+            parts = found.aiter_text()
+            assert await anext(parts) == "1\n"
+            server.stop.set()
+            assert [part async for part in parts] == []  # ended by the drain, and complete
 
 
 async def test_tls_files_that_are_none(make_app, tmp_path):

@@ -15,6 +15,7 @@ from hypercorn.trio.run import worker_serve
 
 from ..exceptions import AddressError, SetupError
 from ..settings import ServerSettings
+from ..supervision import StopEvent
 from .app import WebApp
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ async def serve(  # noqa: ASYNC128 - Hypercorn calls started()
     app: WebApp,
     settings: ServerSettings,
     *,
-    stop: trio.Event | None = None,
+    stop: StopEvent | None = None,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until `stop` is set or the call is cancelled. Start it with `nursery.start`: the value is the list of URLs.
@@ -53,7 +54,7 @@ async def serve(  # noqa: ASYNC128 - Hypercorn calls started()
             await trio.sleep_forever()
         else:
             await stop.wait()
-        logger.info("stopping: %d s for requests in flight", settings.graceful_timeout)
+        logger.info("stopping: %g s for requests in flight", settings.graceful_timeout)
         app.drain.set()
         await trio.sleep(settings.readiness_delay)
 

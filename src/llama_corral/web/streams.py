@@ -176,14 +176,14 @@ class Wakeup(Enum):
     DEADLINE = "deadline"
 
 
-async def wait_changed(wait: Callable[[], Awaitable[object]], drain: trio.Event, timeout: float) -> Wakeup:
-    """Wait until `wait()` returns, `drain` is set or `timeout` seconds have passed, whichever comes first.
+async def wait_changed(wait: Callable[[], Awaitable[object]], drain: trio.Event, within: float) -> Wakeup:
+    """Wait until `wait()` returns, `drain` is set or `within` seconds have passed, whichever comes first.
 
     `wait()` is cancelled in the last two cases. What it raises is raised here, not wrapped in a group.
     """
     outcome = Wakeup.DEADLINE
     failure: Exception | None = None
-    with trio.move_on_after(timeout):
+    with trio.move_on_after(within):
         async with trio.open_nursery() as nursery:
 
             async def watch_drain() -> None:
