@@ -9,43 +9,34 @@ All decisions are the store's transactions; `effects.py` does what follows from 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final, Protocol, Self
 
 import anyio
 
-from ..abc import Coordinator, LocalService, MessageQueue, Store
-from ..events import LogReader, read_log, wait_terminal
-from ..exceptions import BadInput, Draining, NotFound
+from ..abc import MessageQueue, Store
+from ..events import LogReader, Watch, read_log, wait_terminal
+from ..exceptions import BadInput, Draining, NotFound, UsageError
 from ..protocol.lifecycle import TaskStatus
 from ..protocol.messages import ActionTypes, QueueMessage, TaskDefinition, TaskStream, new_id
 from ..protocol.records import (
     Accepted,
-    Checkpoint,
-    Claim,
     ClaimRequest,
     EventPage,
-    HeartbeatAnswer,
-    HeldTask,
-    InboxPage,
-    InstanceRecord,
     NewTask,
-    Registration,
-    Report,
-    ReportAnswer,
     SendAnswer,
-    ServiceInfo,
-    ServiceRecord,
     TaskFilter,
     TaskRecord,
     Terminal,
     Ticket,
 )
-from ..supervision import open_support_group
+from ..supervision import SupportGroup, open_support_group
 from . import checks
 from .config import ControlPlaneConfig
+from .coordinator import StoreCoordinator
 from .effects import MESSAGES_INSTANCE, Effects
 from .inbound import Inbound
 from .registry import Registry
@@ -56,6 +47,8 @@ from .upkeep import Upkeep
 logger = logging.getLogger(__name__)
 
 CLOSING_TIME: Final = 5.0
+DRAIN_PATIENCE: Final = 3.0
+"""Seconds that a request waiting for an ending gets when the process begins to stop."""
 OWNER_GRACE: Final = 2.0
 """Seconds after a deadline that an owner gets to report the ending before a waiting request is answered without it."""
 
@@ -63,10 +56,10 @@ OWNER_GRACE: Final = 2.0
 class Stop(Protocol):
     """An event of AnyIO or of Trio."""
 
-    def is_set(self) -> bool: ...
+    async def wait(self) -> object: ...
 
 
-class ControlPlane(anyio.AsyncContextManagerMixin, Coordinator):
+class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
     """Accepts tasks, gives them to instances, keeps what they report, and cleans up after what died.
 
         async with SqlStore(url) as store, MemoryMessageQueue() as queue, ControlPlane(store, queue) as plane:
@@ -84,6 +77,8 @@ class ControlPlane(anyio.AsyncContextManagerMixin, Coordinator):
         now: The wall clock.
 
     Attributes:
+        config: The settings in force.
+        queue: The message queue it was given.
         sessions: Create, get, delete sessions and their state.
         services: Definitions and numbers of the services.
     """
@@ -97,23 +92,23 @@ class ControlPlane(anyio.AsyncContextManagerMixin, Coordinator):
         alone: bool = False,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self.config = config if config is not None else ControlPlaneConfig()
-        self.draining = False
-        self._store = store
-        self._queue = queue
+        config = config if config is not None else ControlPlaneConfig()
+        registry = Registry()
+        super().__init__(store, registry, Effects(store, queue, registry, config, alone=alone), config, now)
+        self._drained_at = math.inf
+        self._support: SupportGroup | None = None
+        self.queue = queue
         self._alone = alone
-        self._now = now
-        self._registry = Registry()
-        self._effects = Effects(store, queue, self._registry, self.config, alone=alone)
         self._reports = MessageReports(store, self._effects, now)
-        self._upkeep = Upkeep(store, queue, self._registry, self._effects, self._reports, self.config, now)
-        self._inbound = Inbound(queue, self.config.topic_namespace, self.process_message)
+        self._upkeep = Upkeep(store, queue, registry, self._effects, self._reports, config, now)
+        self._inbound = Inbound(queue, config.topic_namespace, self.process_message)
         self.sessions = Sessions(store, self._effects, now)
-        self.services = Services(store, self._registry, now)
+        self.services = Services(store, registry, now)
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self, None]:
         async with open_support_group() as support:
+            self._support = support
             await support.start(self._effects.publish_forever, name="publish", grace=CLOSING_TIME)
             await self._upkeep.start(alone=self._alone)
             support.start_soon(self._upkeep.backstop_forever, name="backstop")
@@ -133,59 +128,22 @@ class ControlPlane(anyio.AsyncContextManagerMixin, Coordinator):
 
     def start_drain(self) -> None:
         """Refuse new tasks from now on; requests that wait are answered. Services still report, release, deregister."""
-        self.draining = True
-        self._effects.changes.notify_all()
+        if not self.draining:
+            self._drained_at = anyio.current_time()
+            self._effects.changes.notify_all()
 
-    # The seam to services
+    def drain_on(self, stop: Stop) -> None:
+        """`start_drain` when `stop` is set. Call it inside the block."""
+        assert self._support is not None, "the control plane is not open"
+        self._support.start_soon(self._drain_on, stop, name="drain")
 
-    async def register(self, info: ServiceInfo, local: LocalService | None = None) -> Registration:
-        checks.check_id(info.service_name, "service_name")
-        # A service that claims says something of itself, if only that it takes anything.
-        schema = "{}" if info.start_schema is None and info.events is None else info.start_schema
-        service = ServiceRecord(info.service_name, info.definition, self._now(), info.events, schema)
-        instance = InstanceRecord(info.instance_id, info.service_name, info.capacity, self._now())
-        await self._store.put_service(service, instance)
-        self._registry.learn(service)
-        if local is not None:
-            self._registry.add_local(info.service_name, info.instance_id, local)
-        return Registration(self.config.topic_namespace, self.config.heartbeat_interval)
+    async def _drain_on(self, stop: Stop) -> None:
+        await stop.wait()
+        self.start_drain()
 
-    async def deregister(self, instance_id: str) -> None:
-        self._registry.remove_instance(instance_id)
-        with anyio.CancelScope(shield=True):
-            # It should hold nothing any more; what it does hold is freed with it.
-            self._effects.tickets(await self._store.reap([instance_id], self._now()))
-
-    async def claim(self, ticket: Ticket, instance_id: str, nonce: str) -> Claim | None:
-        return await self._store.claim(ClaimRequest(ticket.task_id, instance_id, nonce, self._now()))
-
-    async def report(self, report: Report) -> ReportAnswer:
-        terminal = report.terminal
-        # With an ending come tickets and answers to give, and a cancellation must not come in between.
-        with anyio.CancelScope(shield=terminal is not None):
-            try:
-                answer = await self._store.report(report)
-            finally:
-                if terminal is None and report.events:
-                    self._effects.changed(report.task_id, ended=False)
-            if terminal is not None:
-                if answer.status == "ok":
-                    self._effects.endings.put(report.task_id, terminal)
-                self._effects.tickets(answer.tickets)
-                self._effects.changed(report.task_id)
-        return answer
-
-    async def release(self, task_id: str, epoch: int, checkpoint: Checkpoint | None) -> ReportAnswer:
-        with anyio.CancelScope(shield=True):
-            answer = await self._store.release(task_id, epoch, checkpoint, self._now())
-            self._effects.tickets(answer.tickets)
-        return answer
-
-    async def heartbeat(self, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:
-        return await self._store.heartbeat(instance_id, held)
-
-    async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage:
-        return await self._store.pull(task_id, epoch, after)
+    @property
+    def draining(self) -> bool:
+        return self._drained_at < math.inf
 
     # Tasks
 
@@ -277,30 +235,44 @@ class ControlPlane(anyio.AsyncContextManagerMixin, Coordinator):
         session_id: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - of the task, not of the call
         client_id: bool = False,
-        drain: Stop | None = None,
+        abandoned: Callable[[], bool] = lambda: True,
     ) -> tuple[Accepted, Terminal | None]:
-        """`submit`, then wait for the ending. None: the process drains, or the owner did not end the task in time; it
-        goes on. A cancelled call leaves the task to the caller, who knows its id."""
+        """`submit`, then wait for the ending. None: this process stops, or the owner did not end the task in time; the
+        task goes on.
+
+        Args:
+            abandoned: Asked when the call is cancelled: whether the task is to be cancelled with it. One that an earlier
+                request had started never is.
+        """
         effects = self._effects
         with effects.changes.watch(task_id, endings_only=True) as watch, effects.endings.expect(task_id):
             accepted = await self.submit(
                 service_name, arguments, session_id=session_id, task_id=task_id, timeout=timeout, client_id=client_id
             )
-            limit = None if timeout is None else timeout + OWNER_GRACE
-            with anyio.move_on_after(limit):
-                # A repeated task may have ended before we came; any other wakes us when it ends.
-                while accepted.created and not self._stopping(drain):
-                    with anyio.move_on_after(self.config.backstop_interval):
-                        await watch.wait()
-                    terminal = effects.endings.get(task_id) or await self._stored_ending(task_id)
-                    if terminal is not None:
-                        return accepted, terminal
-                record = await wait_terminal(self._store, effects.changes, task_id, limit, drain=drain)  # type: ignore[arg-type]
-                return accepted, None if record is None else _terminal(record)
-        return accepted, None
+            try:
+                return accepted, await self._wait_ending(accepted, watch, timeout)
+            except anyio.get_cancelled_exc_class():
+                if accepted.created and abandoned():
+                    with anyio.move_on_after(CLOSING_TIME, shield=True):
+                        await self._abandon(task_id)
+                raise
 
-    def _stopping(self, drain: Stop | None) -> bool:
-        return self.draining or (drain is not None and drain.is_set())
+    async def _wait_ending(self, accepted: Accepted, watch: Watch, time_limit: float | None) -> Terminal | None:
+        # A fresh task wakes us when it ends; a repeated one may have ended before we came.
+        terminal = None if accepted.created else await self._stored_ending(accepted.task_id)
+        with anyio.move_on_after(None if time_limit is None else time_limit + OWNER_GRACE) as limit:
+            while terminal is None:
+                limit.deadline = min(limit.deadline, self._drained_at + DRAIN_PATIENCE)
+                with anyio.move_on_after(self.config.backstop_interval):
+                    await watch.wait()
+                terminal = self._effects.endings.get(accepted.task_id) or await self._stored_ending(accepted.task_id)
+        return terminal
+
+    async def _abandon(self, task_id: str) -> None:
+        try:
+            await self.cancel(task_id)
+        except UsageError:
+            logger.debug("the task %s ended before it could be cancelled", task_id)
 
     async def _stored_ending(self, task_id: str) -> Terminal | None:
         record = await self.get_task(task_id)
@@ -431,7 +403,7 @@ class ControlPlane(anyio.AsyncContextManagerMixin, Coordinator):
             "local_services": self._registry.statistics(),
             **self._effects.statistics(),
             "store": self._store.statistics(),
-            "queue": self._queue.statistics(),
+            "queue": self.queue.statistics(),
         }
 
 

@@ -1,0 +1,28 @@
+"""The routes of the control plane: `services.py`, `sessions.py`, `tasks.py` those of the original, and `run.py` ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...web import WebApp
+from ..plane import ControlPlane
+from .run import RunRoutes
+from .services import ServiceRoutes
+from .sessions import SessionRoutes
+from .tasks import TaskRoutes
+
+
+def mount(app: WebApp, plane: ControlPlane, *, queue_config: Mapping[str, Any] | None = None) -> None:
+    """Give an app all routes of a control plane that is open, and drain it when the app drains.
+
+    Args:
+        queue_config: What `GET /queue_config` answers: `{class name: settings}`, as the original has it. Credentials are
+            taken out here. If not given, the class of the queue without settings.
+    """
+    config = {type(plane.queue).__name__: {}} if queue_config is None else queue_config
+    for group in (ServiceRoutes(plane, config), SessionRoutes(plane), TaskRoutes(plane), RunRoutes(plane)):
+        for routes in group.routes():
+            app.include(routes)
+    app.add_component("control plane", lambda: not plane.draining)
+    plane.drain_on(app.drain)

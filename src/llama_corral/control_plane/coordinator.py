@@ -1,0 +1,90 @@
+"""The seam to the services, on a store: what an instance says is written, and what follows from it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import anyio
+
+from ..abc import Coordinator, LocalService, Store
+from ..protocol.records import (
+    Checkpoint,
+    Claim,
+    ClaimRequest,
+    HeartbeatAnswer,
+    HeldTask,
+    InboxPage,
+    InstanceRecord,
+    Registration,
+    Report,
+    ReportAnswer,
+    ServiceInfo,
+    ServiceRecord,
+    Ticket,
+)
+from . import checks
+from .config import ControlPlaneConfig
+from .effects import Effects
+from .registry import Registry
+
+
+class StoreCoordinator(Coordinator):
+    """The coordinator of the control plane: for services of its process, and behind the routes for the others."""
+
+    def __init__(
+        self, store: Store, registry: Registry, effects: Effects, config: ControlPlaneConfig, now: Callable[[], float]
+    ) -> None:
+        self.config = config
+        self._store = store
+        self._registry = registry
+        self._effects = effects
+        self._now = now
+
+    async def register(self, info: ServiceInfo, local: LocalService | None = None) -> Registration:
+        checks.check_id(info.service_name, "service_name")
+        # A service that claims says something of itself, if only that it takes anything.
+        schema = "{}" if info.start_schema is None and info.events is None else info.start_schema
+        service = ServiceRecord(info.service_name, info.definition, self._now(), info.events, schema)
+        instance = InstanceRecord(info.instance_id, info.service_name, info.capacity, self._now())
+        await self._store.put_service(service, instance)
+        self._registry.learn(service)
+        if local is not None:
+            self._registry.add_local(info.service_name, info.instance_id, local)
+        return Registration(self.config.topic_namespace, self.config.heartbeat_interval)
+
+    async def deregister(self, instance_id: str) -> None:
+        self._registry.remove_instance(instance_id)
+        with anyio.CancelScope(shield=True):
+            # It should hold nothing any more; what it does hold is freed with it.
+            self._effects.tickets(await self._store.reap([instance_id], self._now()))
+
+    async def claim(self, ticket: Ticket, instance_id: str, nonce: str) -> Claim | None:
+        return await self._store.claim(ClaimRequest(ticket.task_id, instance_id, nonce, self._now()))
+
+    async def report(self, report: Report) -> ReportAnswer:
+        terminal = report.terminal
+        # With an ending come tickets and answers to give, and a cancellation must not come in between.
+        with anyio.CancelScope(shield=terminal is not None):
+            try:
+                answer = await self._store.report(report)
+            finally:
+                if terminal is None and report.events:
+                    self._effects.changed(report.task_id, ended=False)
+            if terminal is not None:
+                if answer.status == "ok":
+                    self._effects.endings.put(report.task_id, terminal)
+                self._effects.tickets(answer.tickets)
+                self._effects.changed(report.task_id)
+        return answer
+
+    async def release(self, task_id: str, epoch: int, checkpoint: Checkpoint | None) -> ReportAnswer:
+        with anyio.CancelScope(shield=True):
+            answer = await self._store.release(task_id, epoch, checkpoint, self._now())
+            self._effects.tickets(answer.tickets)
+        return answer
+
+    async def heartbeat(self, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:
+        return await self._store.heartbeat(instance_id, held)
+
+    async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage:
+        return await self._store.pull(task_id, epoch, after)

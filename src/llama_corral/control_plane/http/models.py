@@ -1,0 +1,170 @@
+"""Bodies, queries and answers of the routes that are ours. What the original has too is in `protocol.messages`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...protocol.lifecycle import TaskStatus
+from ...protocol.messages import ErrorRecord, SessionDefinition, TaskDefinition
+from ...protocol.records import SessionPolicy, SessionRecord, TaskRecord
+from ..checks import MAX_TIMEOUT
+
+Seconds = Annotated[float, Field(gt=0, le=MAX_TIMEOUT, allow_inf_nan=False)]
+PageSize = Annotated[int, Field(ge=1, le=10_000)]
+
+
+class Strict(BaseModel):
+    """Refuses members that it does not know: a misspelt option must not be ignored in silence."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class NewSession(Strict):
+    """`policy` says what a second task of the session on one service does: wait its turn, be refused, or run beside."""
+
+    session_id: str | None = None
+    policy: SessionPolicy = "enqueue"
+
+
+class SessionOptions(Strict):
+    policy: SessionPolicy = "enqueue"
+
+
+class SessionsQuery(Strict):
+    after: str | None = Field(None, description="Session id at which the page before this one ended.")
+    limit: PageSize = 1000
+
+
+class ServiceQuery(BaseModel):
+    service_name: str
+
+
+class SessionTasksQuery(Strict):
+    before: str | None = Field(None, description="Task id at which the page of newer tasks began.")
+    limit: PageSize = 1000
+
+
+class SubmitQuery(Strict):
+    timeout: Seconds | None = Field(None, description="Seconds until the task ends as timed out.")
+
+
+class ResultQuery(Strict):
+    wait: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = Field(
+        0.0, description="Seconds to wait for the ending before null is answered."
+    )
+
+
+class EventsQuery(Strict):
+    start: str | None = Field(None, alias="from", description="Index of the first event wanted; 0 if not given.")
+
+
+class TasksQuery(Strict):
+    status: list[TaskStatus] = Field(default=[], description="Repeat it for several.")
+    service: str | None = None
+    session_id: str | None = None
+    before: str | None = Field(None, description="Task id at which the page before this one ended.")
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+
+
+class RunQuery(Strict):
+    session_id: str | None = Field(None, description="Run in this session; otherwise in one of the task's own.")
+    timeout: Seconds | None = Field(None, description="Seconds until the task ends as timed out, answered with 504.")
+    task_id: str | None = Field(None, description="An id of your own; the same request again joins the same task.")
+    detach: bool = Field(False, description="Answer 202 with the ids at once; nobody has to wait.")
+
+
+class RunAnswer(BaseModel):
+    """`result` is the result of the workflow as JSON. Not there with `detach`."""
+
+    task_id: str
+    session_id: str
+    status: TaskStatus
+    result: Any = None
+
+
+class CancelAnswer(BaseModel):
+    """`ended`: nobody held the task, so it is cancelled already. Otherwise its run has been told."""
+
+    task_id: str
+    session_id: str
+    status: TaskStatus
+    ended: bool
+
+
+class TaskSummary(BaseModel):
+    """A task without what it was given and what came out. Times are seconds since the epoch."""
+
+    task_id: str
+    session_id: str
+    implicit_session: bool
+    service_name: str
+    status: TaskStatus
+    attempts: int
+    cancel_requested: bool
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    deadline: float | None
+    event_count: int
+    error: ErrorRecord | None
+    context_saved: bool | None
+    context_error: str | None
+
+
+class TaskDetail(TaskSummary):
+    """`result` is the original's text, `value` the result as JSON; both null until the task has ended."""
+
+    input: str
+    result: str | None
+    value: Any
+
+
+class TaskPage(BaseModel):
+    """Newest first. `next`: give it as `before` to get the next page; null at the end."""
+
+    tasks: list[TaskSummary]
+    next: str | None
+
+
+class ServiceStatus(BaseModel):
+    """Open tasks by status, and the live instances of the service with the runs they can have at a time."""
+
+    held: int
+    queued: int
+    running: int
+    waiting: int
+    instances: int
+    capacity: int
+
+
+class StatusAnswer(BaseModel):
+    services: dict[str, ServiceStatus]
+    draining: bool
+
+
+def session_definition(session: SessionRecord) -> SessionDefinition:
+    return SessionDefinition(
+        session_id=session.session_id, task_ids=list(session.task_ids), state=json.loads(session.state)
+    )
+
+
+def task_definition(record: TaskRecord) -> TaskDefinition:
+    return TaskDefinition(
+        input=record.input, task_id=record.task_id, session_id=record.session_id, agent_id=record.service_name
+    )
+
+
+def task_summary(record: TaskRecord) -> TaskSummary:
+    return TaskSummary(**{name: getattr(record, name) for name in TaskSummary.model_fields})
+
+
+def task_detail(record: TaskRecord) -> TaskDetail:
+    return TaskDetail(
+        **task_summary(record).model_dump(),
+        input=record.input,
+        result=record.result_text if record.status.is_terminal else None,
+        value=None if record.result is None else json.loads(record.result),
+    )

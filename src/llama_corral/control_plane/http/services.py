@@ -1,0 +1,94 @@
+"""Routes of the control plane itself and of its services."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ...protocol.messages import QueueMessage, ServiceDefinition
+from ...web import Routes
+from ..config import ControlPlaneConfig
+from ..plane import ControlPlane
+from ..sessions import no_such_service
+from .models import ServiceQuery, StatusAnswer
+
+_SECRET = re.compile(r"pass|secret|token|credential|(^|_)key|auth", re.IGNORECASE)
+_USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")
+
+
+def without_credentials(value: Any) -> Any:
+    """The same without what a name says is secret, and without user and password in URLs."""
+    if isinstance(value, Mapping):
+        return {name: without_credentials(item) for name, item in value.items() if not _SECRET.search(str(name))}
+    if isinstance(value, (list, tuple)):
+        return [without_credentials(item) for item in value]
+    return _USERINFO.sub("", value) if isinstance(value, str) else value
+
+
+class ServiceRoutes:
+    """The original's `Control Plane`, `Message Queue` and `Services` routes, and `/status`."""
+
+    def __init__(self, plane: ControlPlane, queue_config: Mapping[str, Any]) -> None:
+        self.plane = plane
+        self.queue_config = without_credentials(queue_config)
+
+    def routes(self) -> list[Routes]:
+        own, services, queue = Routes(tag="Control Plane"), Routes(tag="Services"), Routes(tag="Message Queue")
+        own.add("GET", "/", self.home)
+        own.add("POST", "/process_message", self.process_message)
+        own.add("GET", "/status", self.status)
+        queue.add("GET", "/queue_config", self.get_message_queue_config)
+        services.add("POST", "/services/register", self.register_service, returns=ControlPlaneConfig)
+        services.add("POST", "/services/deregister", self.deregister_service)
+        services.add("GET", "/services/{service_name}", self.get_service, returns=ServiceDefinition)
+        services.add("GET", "/services", self.get_all_services, returns=dict[str, ServiceDefinition])
+        return [own, queue, services]
+
+    async def home(self) -> dict[str, str]:
+        """The configuration, as text."""
+        config = self.plane.config
+        return {
+            "running": str(config.running and not self.plane.draining),
+            "step_interval": str(config.step_interval),
+            "services_store_key": config.services_store_key,
+            "tasks_store_key": config.tasks_store_key,
+            "session_store_key": config.session_store_key,
+        }
+
+    async def process_message(self, body: QueueMessage) -> None:
+        """Take a NEW_TASK, TASK_STREAM or COMPLETED_TASK message from a service or client of the original.
+
+        A message that comes twice changes nothing.
+        """
+        await self.plane.process_message(body)
+
+    async def status(self) -> StatusAnswer:
+        """How much waits and runs, by service."""
+        return StatusAnswer.model_validate(
+            {"services": await self.plane.services.status(), "draining": self.plane.draining}
+        )
+
+    async def get_message_queue_config(self) -> dict[str, dict[str, Any]]:
+        """Which message queue this control plane uses. Credentials are never part of it."""
+        found: dict[str, dict[str, Any]] = self.queue_config
+        return found
+
+    async def register_service(self, body: ServiceDefinition) -> dict[str, Any]:
+        """Register a service, or register it again."""
+        await self.plane.services.define(body)
+        return self.plane.config.public()
+
+    async def deregister_service(self, query: ServiceQuery) -> None:
+        """Forget a service. Its tasks stay; new ones are refused."""
+        if not await self.plane.services.remove(query.service_name):
+            raise no_such_service(query.service_name)
+
+    async def get_service(self, service_name: str) -> ServiceDefinition:
+        """A service by its name."""
+        return ServiceDefinition.model_validate_json((await self.plane.services.get(service_name)).definition)
+
+    async def get_all_services(self) -> dict[str, ServiceDefinition]:
+        """All services by name."""
+        services = await self.plane.services.list()
+        return {each.service_name: ServiceDefinition.model_validate_json(each.definition) for each in services}
