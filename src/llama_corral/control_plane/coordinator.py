@@ -81,6 +81,8 @@ class StoreCoordinator(Coordinator):
         with anyio.CancelScope(shield=True):
             answer = await self._store.release(task_id, epoch, checkpoint, self._now())
             self._effects.tickets(answer.tickets)
+            # Nobody works on it now: a request that waits for it may want to know.
+            self._effects.changed(task_id)
         return answer
 
     async def heartbeat(self, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:

@@ -95,7 +95,8 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         config = config if config is not None else ControlPlaneConfig()
         registry = Registry()
         super().__init__(store, registry, Effects(store, queue, registry, config, alone=alone), config, now)
-        self._drained_at = math.inf
+        self.draining = False
+        self._patient_until = math.inf
         self._support: SupportGroup | None = None
         self.queue = queue
         self._alone = alone
@@ -120,30 +121,30 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
             try:
                 yield self
             finally:
-                self.start_drain()
+                self.draining = True
                 self._effects.close()
 
     async def _reap(self) -> None:
         await self._upkeep.reap_forever(alone=self._alone)
 
-    def start_drain(self) -> None:
-        """Refuse new tasks from now on; requests that wait are answered. Services still report, release, deregister."""
+    def refuse_new(self) -> None:
+        """Accept no more tasks: the services of this process are about to drain. Requests that wait for a working run go
+        on waiting; those whose task nobody works on are answered."""
         if not self.draining:
-            self._drained_at = anyio.current_time()
+            self.draining = True
             self._effects.changes.notify_all()
 
     def drain_on(self, stop: Stop) -> None:
-        """`start_drain` when `stop` is set. Call it inside the block."""
+        """When `stop` is set, refuse new tasks and answer whoever waits, at the latest after `DRAIN_PATIENCE`. Call it
+        inside the block."""
         assert self._support is not None, "the control plane is not open"
         self._support.start_soon(self._drain_on, stop, name="drain")
 
     async def _drain_on(self, stop: Stop) -> None:
         await stop.wait()
-        self.start_drain()
-
-    @property
-    def draining(self) -> bool:
-        return self._drained_at < math.inf
+        self.draining = True
+        self._patient_until = anyio.current_time() + DRAIN_PATIENCE
+        self._effects.changes.notify_all()
 
     # Tasks
 
@@ -258,25 +259,31 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
                 raise
 
     async def _wait_ending(self, accepted: Accepted, watch: Watch, time_limit: float | None) -> Terminal | None:
-        # A fresh task wakes us when it ends; a repeated one may have ended before we came.
-        terminal = None if accepted.created else await self._stored_ending(accepted.task_id)
+        fresh = accepted.created  # it wakes us when it ends; a repeated one may have ended before we came
         with anyio.move_on_after(None if time_limit is None else time_limit + OWNER_GRACE) as limit:
-            while terminal is None:
-                limit.deadline = min(limit.deadline, self._drained_at + DRAIN_PATIENCE)
-                with anyio.move_on_after(self.config.backstop_interval):
-                    await watch.wait()
-                terminal = self._effects.endings.get(accepted.task_id) or await self._stored_ending(accepted.task_id)
-        return terminal
+            while True:
+                limit.deadline = min(limit.deadline, self._patient_until)
+                if fresh:
+                    with anyio.move_on_after(self.config.backstop_interval):
+                        await watch.wait()
+                fresh = True
+                terminal = self._effects.endings.get(accepted.task_id)
+                if terminal is not None:
+                    return terminal
+                record = await self.get_task(accepted.task_id)
+                if record.status.is_terminal:
+                    return Terminal(
+                        record.status, record.result, record.result_text, record.error, record.context_error
+                    )
+                if self.draining and record.status is not TaskStatus.RUNNING:
+                    return None
+        return None
 
     async def _abandon(self, task_id: str) -> None:
         try:
             await self.cancel(task_id)
         except UsageError:
             logger.debug("the task %s ended before it could be cancelled", task_id)
-
-    async def _stored_ending(self, task_id: str) -> Terminal | None:
-        record = await self.get_task(task_id)
-        return _terminal(record) if record.status.is_terminal else None
 
     async def cancel(self, task_id: str) -> SendAnswer:
         """Ask for a task's cancellation. One that nobody holds ends at once; else its owner is told, and its record
@@ -405,7 +412,3 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
             "store": self._store.statistics(),
             "queue": self.queue.statistics(),
         }
-
-
-def _terminal(record: TaskRecord) -> Terminal:
-    return Terminal(record.status, record.result, record.result_text, record.error, record.context_error)

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...settings import ServerSettings
 from ...web import WebApp
 from ..plane import ControlPlane
 from .run import RunRoutes
 from .services import ServiceRoutes
 from .sessions import SessionRoutes
 from .tasks import TaskRoutes
+
+
+def control_plane_app(
+    plane: ControlPlane, settings: ServerSettings, *, version: str, queue_config: Mapping[str, Any] | None = None
+) -> WebApp:
+    """The application of a control plane that is open, ready to be served."""
+    app = WebApp(settings, title="llama-corral control plane", version=version)
+    mount(app, plane, queue_config=queue_config)
+    return app
 
 
 def mount(app: WebApp, plane: ControlPlane, *, queue_config: Mapping[str, Any] | None = None) -> None:
