@@ -107,3 +107,8 @@ async def file_store(url: str) -> AsyncIterator[SqlStore]:
 @pytest.fixture
 def driver(store: SqlStore) -> Driver:
     return Driver(store)
+
+
+@pytest.fixture
+def driver_of() -> type[Driver]:
+    return Driver

@@ -231,6 +231,15 @@ async def test_waiting_and_running_follow_the_reports(driver) -> None:
     assert (await driver.end("t", 5)).status == "ok"
 
 
+@pytest.mark.promise("P2")
+async def test_a_run_that_left_memory_writes_nothing_more(driver) -> None:
+    await driver.accept("t", by="i")
+    await driver.store.release("t", 1, Checkpoint("s", 0), 3.0, idle=True)
+    assert (await driver.report("t", 1, waiting=False)).status == "fenced"
+    assert (await driver.end("t", 1)).status == "fenced"
+    assert await driver.status("t") is S.WAITING
+
+
 @pytest.mark.promise("P5")
 async def test_a_repeated_ending_names_the_freed_task_again(driver) -> None:
     await driver.session()

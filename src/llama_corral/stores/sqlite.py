@@ -100,6 +100,7 @@ class SqliteDatabase:
 
     def __init__(self, path: Path | None, durable: Durability) -> None:
         self.path = path
+        self._file: Path | str = ":memory:"
         self._durable = durable
         self._sql = statements_for("sqlite")
         self._lock: ProcessLock | None = None
@@ -112,11 +113,12 @@ class SqliteDatabase:
         """
         if self.path is None:
             return
-        path = Path(os.path.realpath(self.path))  # one file, one lock, whatever links lead to it
+        # Once, as the working directory may change: one file, one lock, whatever links lead to it.
+        self._file = path = Path(os.path.realpath(self.path))
         _check_is_ours(path)
         self._lock = ProcessLock(path)
         try:
-            connection = self._connect(path)
+            connection = self._connect()
             try:
                 _prepare(connection, path)
                 connection.execute("PRAGMA journal_mode = WAL")
@@ -130,11 +132,11 @@ class SqliteDatabase:
             raise
 
     def connect(self) -> SqliteConnection:
+        """A connection of its own for whoever asks; of a store in memory, a store of its own too."""
+        connection = self._connect()
         if self.path is None:
-            connection = self._connect(":memory:")
             _prepare(connection, None)
             return SqliteConnection(connection, self._sql)
-        connection = self._connect(Path(os.path.realpath(self.path)))
         connection.execute("PRAGMA synchronous = " + self._durable.upper())
         connection.execute("PRAGMA temp_store = MEMORY")
         connection.execute("PRAGMA cache_size = -16000")  # KiB
@@ -148,9 +150,9 @@ class SqliteDatabase:
             self._lock.release()
             self._lock = None
 
-    def _connect(self, path: Path | str) -> sqlite3.Connection:
+    def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(
-            path, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False, cached_statements=256
+            self._file, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False, cached_statements=256
         )
 
 

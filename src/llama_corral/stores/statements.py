@@ -274,9 +274,14 @@ class Statements:
         )
 
     def _define_reports(self) -> None:
-        """Only the stored epoch may write, only a newer seq, only while an instance holds the task."""
+        """Only the stored epoch may write, only a newer seq, only while an instance holds the task (a run that left memory
+        keeps status and epoch)."""
         held = sa.and_(
-            _t.task_id == _b("task_id"), _t.epoch == _b("epoch"), _t.report_seq < _b("seq"), status_in(OWNED)
+            _t.task_id == _b("task_id"),
+            _t.epoch == _b("epoch"),
+            _t.report_seq < _b("seq"),
+            _t.owner.is_not(None),
+            status_in(OWNED),
         )
         counted = {"report_seq": _b("seq"), "event_count": _t.event_count + _b("added")}
         answer = (_t.no, _t.event_count)

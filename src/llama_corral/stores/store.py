@@ -45,8 +45,8 @@ from .writer import Writer
 
 # The mixin's __aexit__ names its three arguments, the one of abc takes any: called by `async with`, they are the same.
 class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
-    """The truth in a database. `async with store:` owns the writer's task and the reader's thread; leaving it commits
-    what was asked for before, and answers everything later with `StoreUnavailable`.
+    """The truth in a database. `async with store:` owns the writer's task and the reader's thread. Leaving it commits
+    the units that wait for the writer; callers who are not that far yet, and all later ones, get `StoreUnavailable`.
 
     Args:
         url: `sqlite:///relative.db`, `sqlite:////absolute.db`, or `sqlite://` for a store in memory. The latter runs

@@ -1,0 +1,75 @@
+"""What can be said of the statements without running a task."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_corral.protocol.lifecycle import ENDINGS, Trigger, sources
+from llama_corral.stores import schema
+from llama_corral.stores.sqlite import SqliteDatabase
+from llama_corral.stores.statements import DIALECTS, Statements, statements_for
+
+# Small tables that are read whole on purpose, one entry an instance or a service.
+READ_WHOLE = {"list_services", "list_instances"}
+
+
+def texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, (dict, tuple)):
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, entry in entries:
+            yield from texts(entry, f"{name}[{key}]" if name else key)
+
+
+def every_statement(sql: Statements) -> list[tuple[str, str]]:
+    return [(name, text) for name, text in texts(vars(sql)) if not name.startswith("_")]
+
+
+def test_no_statement_walks_over_a_table_or_sorts_one() -> None:
+    """Cost stays flat: every condition and every order is an index."""
+    connection = SqliteDatabase(None, "normal").connect()
+    try:
+        statements = every_statement(statements_for("sqlite"))
+        assert len(statements) > 60
+        for name, text in statements:
+            values = dict.fromkeys(re.findall(r":(\w+)", text), 1)
+            plan = [row[3] for row in connection.tx.all(f"EXPLAIN QUERY PLAN {text}", values)]
+            walks = [step for step in plan if step.startswith("SCAN") and step != "SCAN CONSTANT ROW"]
+            assert not walks or name in READ_WHOLE, (name, plan)
+            # The overdue are few, and come out by deadline.
+            assert name == "overdue" or not [step for step in plan if "TEMP B-TREE" in step], (name, plan)
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("dialect", list(DIALECTS))
+def test_every_statement_exists_in_every_dialect(dialect: str) -> None:
+    names = {name for name, _ in every_statement(statements_for(dialect))}
+    assert names == {name for name, _ in every_statement(statements_for("sqlite"))}
+    assert any("CREATE UNIQUE INDEX" in statement for statement in schema.creation(DIALECTS[dialect]()))
+
+
+@pytest.mark.promise("P1")
+def test_endings_are_written_only_where_the_table_of_transitions_has_them() -> None:
+    sql = statements_for("sqlite")
+    for status, trigger in ENDINGS.items():
+        for text in (sql.end_held[status], sql.end_unowned[status]):
+            allowed = ", ".join(f"'{source.value}'" for source in sources(trigger))
+            assert f"IN ({allowed})" in text
+            assert f"status='{status.value}'" in text
+    claimable = ", ".join(f"'{source.value}'" for source in sources(Trigger.CLAIM))
+    assert f"IN ({claimable})" in sql.claim
+
+
+def test_two_stores_in_memory_are_two(tmp_path: Path) -> None:
+    first, second = SqliteDatabase(None, "normal").connect(), SqliteDatabase(None, "normal").connect()
+    first.tx.run("INSERT INTO corral_meta VALUES ('k', 'v')", {})
+    assert second.tx.one(second.tx.sql.get_meta, {"key": "k"}) is None
+    first.close()
+    second.close()
