@@ -11,7 +11,7 @@ from .hooks import Slot as Slot
 from .hooks import SlotHooks as SlotHooks
 from .options import RunOptions as RunOptions
 from .options import RunStatistics as RunStatistics
+from .options import StepFlavour as StepFlavour
 from .options import sync_step_limiter as sync_step_limiter
 from .run import Run as Run
-from .step import StepFlavour as StepFlavour
 from .stream import EventReader as EventReader

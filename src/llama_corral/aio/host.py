@@ -1,0 +1,202 @@
+"""An asyncio loop inside Trio, and calls into it.
+
+One loop serves a whole process: open it outermost (`open_asyncio_loop`), before the task groups whose tasks call into
+it. Whoever finds a loop uses it; it is opened only where there is none.
+
+trio-asyncio is imported when the first loop is opened, and not before: importing it replaces functions of asyncio, and a
+program that runs on asyncio shall run on plain asyncio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, TypeVar
+
+import sniffio
+import trio
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+_owned: ContextVar[set[asyncio.Task[Any]] | None] = ContextVar("llama_corral_owned_tasks", default=None)
+
+ORPHAN_GRACE = 5.0
+"""Seconds that a task left behind by a call may take to unwind after its cancellation."""
+
+
+class SelfCancelled(RuntimeError):  # noqa: N818 -- it says what happened
+    """A call ended with asyncio.CancelledError although nobody had cancelled it."""
+
+
+def has_asyncio_loop() -> bool:
+    """Whether asyncio code can be called from here: always on asyncio, on Trio inside `open_asyncio_loop`."""
+    return sniffio.current_async_library() == "asyncio" or _hosted_loop() is not None
+
+
+def _hosted_loop() -> Any:
+    """The loop that Trio hosts around the caller, or None."""
+    trio_asyncio = sys.modules.get("trio_asyncio")
+    return trio_asyncio.current_loop.get() if trio_asyncio is not None else None
+
+
+_REPLACED = ("_get_running_loop", "get_running_loop", "get_event_loop", "current_task")
+
+
+def _import_trio_asyncio() -> Any:
+    if "trio_asyncio" in sys.modules:
+        return sys.modules["trio_asyncio"]
+    originals = {id(getattr(asyncio, name)): name for name in _REPLACED}
+    import trio_asyncio
+    import trio_asyncio._loop as internals
+
+    # It replaces these functions in asyncio and misses the modules that took them from there before, AnyIO's asyncio
+    # backend for one. They would not find the loop.
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] not in ("asyncio", "trio_asyncio") and isinstance(module, ModuleType):
+            for attribute, value in list(vars(module).items()):
+                if id(value) in originals:
+                    setattr(module, attribute, getattr(asyncio, originals[id(value)]))
+    # It also makes loops of its own for every asyncio.run() of the process, in other threads too, unless a policy was
+    # set in that thread. This is the thread-local's default, so that plain asyncio stays what it was.
+    internals._FakedPolicy.policy = asyncio.DefaultEventLoopPolicy()
+    return trio_asyncio
+
+
+@contextlib.asynccontextmanager
+async def open_asyncio_loop() -> AsyncIterator[None]:
+    """Make asyncio code callable inside the block. Nothing happens where that is so already.
+
+    On Trio the block must be the outermost one: task groups whose tasks call asyncio code are opened inside it, because
+    leaving it ends the loop, and tasks inherit the loop from where they are started.
+    """
+    if has_asyncio_loop():
+        yield
+        return
+    error: BaseException | None = None
+    async with _import_trio_asyncio().open_loop():
+        try:
+            yield
+        except (Exception, KeyboardInterrupt, SystemExit) as exc:
+            error = exc  # the loop's task group would wrap the block's own error in a group
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error  # its traceback holds this frame
+
+
+def _create_owned_task(
+    loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **kwargs: Any
+) -> asyncio.Task[Any]:
+    """Tie every asyncio task to the call that created it, so that none outlives its step (P6)."""
+    task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **kwargs)
+    owned = _owned.get()
+    if owned is not None:
+        owned.add(task)
+        task.add_done_callback(owned.discard)
+    return task
+
+
+def _owning_loop() -> Any:
+    """The hosted loop, or None. Also a loop that somebody else opened ties tasks to calls from its first one on."""
+    loop = _hosted_loop()
+    if loop is not None and loop.get_task_factory() is None:
+        loop.set_task_factory(_create_owned_task)
+    return loop
+
+
+async def call_asyncio(fn: Callable[..., Awaitable[T]], *args: Any) -> T:
+    """Await `fn(*args)` as asyncio code and return what it returns.
+
+    Called from Trio, it needs a loop (`open_asyncio_loop`); tasks that `fn` leaves behind are cancelled and awaited
+    before the call returns. Called from asyncio, it is a plain await.
+
+    Raises:
+        SelfCancelled: `fn` raised asyncio.CancelledError although nobody had cancelled the call. Passed on as a
+            cancellation it would leave a caller waiting that nobody told to stop.
+    """
+    if sniffio.current_async_library() == "asyncio":
+        return await _await_here(fn, args)
+    loop = _owning_loop()
+    if loop is None:
+        raise RuntimeError("no asyncio loop: open one with llama_corral.aio.open_asyncio_loop() around this block")
+    try:
+        result: T = await loop.run_aio_coroutine(_with_owned_tasks(fn, args))
+    except asyncio.CancelledError as exc:
+        # Not Trio's cancellation: that would have come as trio.Cancelled.
+        raise SelfCancelled("the asyncio code cancelled itself") from exc  # noqa: ASYNC104
+    return result
+
+
+async def call_native(fn: Callable[..., Awaitable[T]], *args: Any) -> T:
+    """Await `fn(*args)` as code of the caller's library and return what it returns.
+
+    Where Trio hosts an asyncio loop, native code can create asyncio tasks although it cannot await them: they too are
+    cancelled and awaited before the call returns.
+    """
+    if sniffio.thread_local.name != "trio" or (loop := _owning_loop()) is None:
+        return await fn(*args)
+    owned: set[asyncio.Task[Any]] = set()
+    token = _owned.set(owned)
+    try:
+        return await fn(*args)
+    finally:
+        _owned.reset(token)
+        if owned:
+            with trio.CancelScope(shield=True):  # bounded: see _end_orphans
+                await loop.run_aio_coroutine(_end_orphans(owned))
+
+
+async def _await_here(fn: Callable[..., Awaitable[T]], args: tuple[Any, ...]) -> T:
+    try:
+        return await fn(*args)
+    except asyncio.CancelledError as exc:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling() == 0:
+            raise SelfCancelled("the asyncio code cancelled itself") from exc  # noqa: ASYNC104
+        raise
+
+
+async def _with_owned_tasks(fn: Callable[..., Awaitable[T]], args: tuple[Any, ...]) -> T:
+    owned: set[asyncio.Task[Any]] = set()
+    _owned.set(owned)  # the context is this task's own copy, so there is nothing to reset
+    try:
+        return await fn(*args)
+    finally:
+        if owned:
+            await _end_orphans(owned)  # noqa: ASYNC102 -- bounded, and it goes on when it is cancelled
+
+
+async def _end_orphans(owned: set[asyncio.Task[Any]]) -> None:
+    """Cancel the tasks and wait until they unwound, for a limited time. A cancellation meanwhile is raised afterwards:
+    tasks that nobody waits for would outlive their step."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + ORPHAN_GRACE
+    cancelled: asyncio.CancelledError | None = None
+    cancelled_once: set[asyncio.Task[Any]] = set()
+    while owned and loop.time() < deadline:
+        for task in owned - cancelled_once:  # unwinding may have created more
+            task.cancel()
+            cancelled_once.add(task)
+        try:
+            done, _ = await asyncio.wait(
+                set(owned), timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED
+            )
+        except asyncio.CancelledError as exc:  # noqa: ASYNC103 -- raised when the tasks have ended
+            cancelled = exc
+            continue  # noqa: ASYNC104
+        for task in done:
+            owned.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                logger.warning("asyncio task %r, left behind by its step, failed", task.get_name(), exc_info=error)
+    for task in owned:
+        logger.error("asyncio task %r was left behind by its step and does not end", task.get_name())
+    if cancelled is not None:
+        raise cancelled

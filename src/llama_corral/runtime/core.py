@@ -1,0 +1,256 @@
+"""The deciding half of a run: upstream's reducer, the ticks that wait for it, timers, published events, the outcome.
+
+    state, commands = reduce(tick, state)
+
+Everything here is sync. Rules: `_drain` is the only place that reduces, it never runs twice at once, and after `_outcome`
+is set no tick is reduced and nothing is published.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import abstractmethod
+from collections import deque
+from types import TracebackType
+from typing import Any
+
+import anyio
+import anyio.abc
+
+from ..aio import library_clock
+from .hooks import RunHooks
+from .mailbox import FromOutside, Held, can_take, unhandled
+from .options import RunOptions
+from .stream import EventRing
+from .timers import Timers
+from .upstream import (
+    AddWaiter,
+    BrokerState,
+    CommandCompleteRun,
+    CommandFailWorkflow,
+    CommandHalt,
+    CommandPublishEvent,
+    CommandQueueEvent,
+    CommandRunWorker,
+    CommandScheduleIdleCheck,
+    CommandScheduleTimeout,
+    CommandScheduleWaiterTimeout,
+    CommandScheduleWakeup,
+    DeleteWaiter,
+    Event,
+    InternalDispatchEvent,
+    PreContext,
+    StopEvent,
+    TickAddEvent,
+    TickIdleCheck,
+    TickStepResult,
+    TickTimeout,
+    TickWaiterTimeout,
+    TickWakeup,
+    Workflow,
+    WorkflowCommand,
+    WorkflowRuntimeError,
+    WorkflowTick,
+    broker_state,
+    new_run_id,
+    reduce_tick,
+    stamped,
+)
+
+logger = logging.getLogger(__name__)
+
+# Time stamps are floats of seconds since the epoch, whose last bit is a quarter of a microsecond. Waking up a little
+# late makes sure that what a timer was for is due by then, also under a clock that stands still in between.
+LATE = 1e-6
+IDLE_CHECK = TickIdleCheck()
+
+
+class RunCore:
+    """What a run decides. `Run` adds the tasks, the steps and the public side."""
+
+    def __init__(
+        self,
+        workflow: Workflow,
+        *,
+        pre: PreContext[Any] | None,
+        run_id: str | None,
+        hooks: RunHooks | None,
+        options: RunOptions | None,
+    ) -> None:
+        self.workflow = workflow
+        self.run_id = run_id or new_run_id()
+        self.options = options or RunOptions()
+        self.broker_state: BrokerState = broker_state(workflow, pre)
+        self._hooks = hooks
+        # Time stamps are wall-clock and persisted; durations obey the backend's clock, which tests may move.
+        self._clock = library_clock()
+        self._epoch = time.time() - self._clock()
+
+        self._tasks: anyio.abc.TaskGroup | None = None
+        self._buffer: deque[WorkflowTick | FromOutside] = deque()
+        self._held = Held()
+        self._idle_check_due = False
+        self._draining = False
+        self._timers = Timers()
+        self._timer_scope: anyio.CancelScope | None = None
+        self._working = 0
+        self._idle = False
+        self._ticks = 0
+        self._stream = EventRing(self.options.event_buffer)
+        self._outcome: StopEvent | BaseException | None = None
+        self._traceback: TracebackType | None = None
+
+    @abstractmethod
+    def _start_step(self, command: CommandRunWorker) -> None: ...
+
+    def now(self) -> float:
+        """Seconds since the epoch, moved by the backend's clock."""
+        return self._epoch + self._clock()
+
+    def _drain(self) -> None:
+        """Reduce what is buffered, and what that leads to. Sync: no tick is ever half reduced."""
+        if self._draining or self._tasks is None:
+            return
+        self._draining = True
+        try:
+            while self._outcome is None:
+                item = self._next_item()
+                if item is not None:
+                    self._reduce(item)
+                elif self._working or self._idle:
+                    return
+                else:
+                    self._idle = True
+                    if self._hooks is not None:
+                        self._hooks.on_idle()  # it may send an event: look again
+        except Exception as exc:
+            self._fail(exc)
+        finally:
+            self._draining = False
+
+    def _next_item(self) -> WorkflowTick | FromOutside | None:
+        # Held events go first: they came before whatever came since.
+        held = self._held.take(self.broker_state)
+        if held is not None:
+            return held
+        if self._buffer:
+            return self._buffer.popleft()
+        if self._idle_check_due:
+            self._idle_check_due = False
+            return IDLE_CHECK
+        return None
+
+    def _reduce(self, item: WorkflowTick | FromOutside) -> None:
+        if isinstance(item, FromOutside):
+            if not can_take(self.broker_state, item.tick):
+                self._held.add(item)
+                return
+            tick: WorkflowTick = item.tick
+        else:
+            tick = item
+        now = self.now()
+        self.broker_state, commands = reduce_tick(stamped(tick, now), self.broker_state, now, run_id=self.run_id)
+        self._ticks += 1
+        for command in commands:
+            self._obey(command)
+            if self._outcome is not None:
+                return
+        if isinstance(tick, TickStepResult):
+            self._note_waiters(tick)
+
+    def _note_waiters(self, tick: TickStepResult) -> None:
+        for result in tick.result:
+            if isinstance(result, AddWaiter):
+                self._held.look_again = True
+            elif isinstance(result, DeleteWaiter):
+                self._timers.discard((tick.invocation_namespace, tick.step_id, result.waiter_id))
+
+    def _obey(self, command: WorkflowCommand) -> None:
+        if isinstance(command, CommandPublishEvent):
+            if isinstance(command.event, StopEvent):
+                self._report_untaken()  # readers may stop at the stop event
+            self._publish_here(command.event)
+        elif isinstance(command, CommandRunWorker):
+            self._start_step(command)
+        elif isinstance(command, CommandQueueEvent):
+            self._buffer.append(
+                TickAddEvent(
+                    event=command.event,
+                    step_id=command.step_id,
+                    origin_namespace=command.origin_namespace,
+                    recovery_counts=dict(command.recovery_counts),
+                    scope_path=command.scope_path,
+                    emission=command.emission,
+                )
+            )
+        elif isinstance(command, CommandScheduleIdleCheck):
+            self._idle_check_due = True
+        elif isinstance(command, CommandCompleteRun):
+            self._finish(command.result)
+        elif isinstance(command, (CommandFailWorkflow, CommandHalt)):
+            self._finish(command.exception)
+        else:
+            self._obey_timer(command)
+
+    def _obey_timer(self, command: WorkflowCommand) -> None:
+        if isinstance(command, CommandScheduleWaiterTimeout):
+            tick = TickWaiterTimeout(
+                step_id=command.step_id,
+                waiter_id=command.waiter_id,
+                invocation_namespace=command.invocation_namespace,
+            )
+            key = (command.invocation_namespace, command.step_id, command.waiter_id)
+            self._timers.schedule(self.now() + command.timeout, tick, key)
+        elif isinstance(command, CommandScheduleTimeout):
+            self._timers.schedule(command.at_time, TickTimeout(timeout=command.timeout))
+        elif isinstance(command, CommandScheduleWakeup):
+            self._timers.schedule(command.at_time, TickWakeup(due=command.at_time))
+        else:
+            raise WorkflowRuntimeError(f"the broker gave a command this runtime does not know: {command!r}")
+        if self._timer_scope is not None:
+            self._timer_scope.deadline = self._next_deadline()
+
+    def _next_deadline(self) -> float:
+        return self._timers.next_at() - self._epoch + LATE
+
+    # Ending it
+
+    def _finish(self, outcome: StopEvent | BaseException) -> None:
+        self._report_untaken()
+        self._outcome = outcome
+        if isinstance(outcome, BaseException):
+            self._traceback = outcome.__traceback__
+        self._stream.close()
+        if self._tasks is not None:
+            self._tasks.cancel_scope.cancel()
+
+    def _fail(self, exc: Exception) -> None:
+        """End the run with an error that is not a step's: a hook's, or a fault of the broker or of this runtime."""
+        if self._outcome is not None:
+            return
+        logger.error("run %s of %s failed inside the runtime", self.run_id, self.workflow.workflow_name, exc_info=exc)
+        self._finish(exc)
+
+    def _report_untaken(self) -> None:
+        """Say which outside events nothing took, now that nothing will."""
+        untaken = self._held.take_all()
+        if self._buffer:
+            untaken.extend(item for item in self._buffer if isinstance(item, FromOutside))
+            self._buffer = deque(item for item in self._buffer if not isinstance(item, FromOutside))
+        for item in untaken:
+            name = type(item.tick.event).__name__
+            logger.warning("run %s ended without taking an outside %s", self.run_id, name)
+            try:
+                self._publish_here(unhandled(item.tick, idle=self._idle))
+            except Exception:
+                logger.exception("a hook of run %s refused an event", self.run_id)
+
+    def _publish_here(self, event: Event) -> None:
+        if self._outcome is not None:
+            return
+        if isinstance(event, InternalDispatchEvent) and not self.options.internal_events:
+            return
+        if self._hooks is not None:
+            self._hooks.on_event(event)
+        self._stream.append(event)

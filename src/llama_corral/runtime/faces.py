@@ -1,0 +1,163 @@
+"""The faces of upstream's Context inside and outside a run of ours.
+
+Upstream's faces start an asyncio task for every event that is sent or published. Ours act at once: sending and
+publishing are synchronous, so there is nothing in flight when a step returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Coroutine
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from .state import RunStateStore
+from .upstream import (
+    BrokerState,
+    Event,
+    ExternalContext,
+    ExternalRunAdapter,
+    InternalContext,
+    InternalRunAdapter,
+    RetryInfo,
+    SnapshottableAdapter,
+    StepId,
+    StepWorkerStateContextVar,
+    StopEvent,
+    TickAddEvent,
+    V2RuntimeCompatibilityShim,
+    WaitResult,
+    Workflow,
+    WorkflowTick,
+    validate_step_message,
+)
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+def drive_inline(coro: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine that never suspends, here and now. Upstream wraps calls that only need a plain function in one."""
+    try:
+        coro.send(None)
+    except StopIteration as stop:
+        return stop.value
+    coro.close()
+    raise RuntimeError("a coroutine of the run's adapter suspended; it must not")
+
+
+class StepFace(InternalContext[Any]):
+    """What `ctx` shows inside a step."""
+
+    def __init__(self, adapter: RunAdapter, workflow: Workflow, run: Run) -> None:
+        super().__init__(adapter, workflow)
+        self._run = run
+
+    def send_event(self, message: Event, step: str | None = None) -> None:
+        if step is not None:
+            validate_step_message(self._workflow, step, message)
+        step_id = StepId.root(step) if step is not None else None
+        recovery_counts: dict[str, int] = {}
+        emission = None
+        sender = ""
+        step_context = StepWorkerStateContextVar.get(None)
+        if step_context is not None:
+            sender = step_context.state.step_name
+            recovery_counts = dict(step_context.retry.recovery_counts)
+            # With its key in the step's result, a resumed run re-sends an event whose tick was lost, once.
+            emission = step_context.record_send(message, step_id, recovery_counts)
+        self._run.post_from_step(
+            TickAddEvent(event=message, step_id=step_id, recovery_counts=recovery_counts, emission=emission), sender
+        )
+
+    def write_event_to_stream(self, ev: Event | None) -> None:
+        if ev is not None:
+            self._run.publish(ev)
+
+    def retry_info(self) -> RetryInfo:
+        # Upstream reads the wall clock here; ours is the run's clock, so that tests can move it.
+        retry = self._get_step_ctx(fn="retry_info").retry
+        first = retry.first_attempt_at if retry.retry_number > 0 else 0.0
+        failed_at = retry.last_failed_at
+        return RetryInfo(
+            retry_number=retry.retry_number,
+            elapsed_seconds=max(0.0, self._run.now() - first) if first else 0.0,
+            last_exception=retry.last_exception,
+            last_failed_at=datetime.fromtimestamp(failed_at, tz=UTC) if failed_at is not None else None,
+        )
+
+    def _execute_task(self, coro: Coroutine[Any, Any, Any]) -> Any:
+        return drive_inline(coro)
+
+    def cancel_background_tasks(self) -> None:
+        """Nothing to do: there are none."""
+
+
+class OutsideFace(ExternalContext[Any, Any]):
+    """What a Context shows while and after it was run, to whoever holds the run."""
+
+    def _execute_task(self, coro: Coroutine[Any, Any, Any]) -> Any:
+        return drive_inline(coro)
+
+    @property
+    def _state(self) -> BrokerState:
+        # Upstream replays the run's whole tick log here; we keep the state itself and no log (P12).
+        adapter = self._external_adapter
+        assert isinstance(adapter, RunAdapter)
+        return adapter.init_state
+
+
+class RunAdapter(InternalRunAdapter, ExternalRunAdapter, SnapshottableAdapter, V2RuntimeCompatibilityShim):
+    """The run as upstream's contexts want to see it, from both sides."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run_id(self) -> str:
+        return self._run.run_id
+
+    @property
+    def init_state(self) -> BrokerState:
+        return self._run.broker_state
+
+    def replay(self) -> list[WorkflowTick]:
+        return []
+
+    async def write_to_event_stream(self, event: Event) -> None:
+        self._run.publish(event)
+
+    async def get_now(self) -> float:
+        return self._run.now()
+
+    async def send_event(self, tick: WorkflowTick) -> None:
+        self._run.post_from_outside(tick)
+
+    async def wait_receive(self, timeout_seconds: float | None = None) -> WaitResult:
+        raise RuntimeError("this runtime has no mailbox to wait on")
+
+    async def close(self) -> None:
+        self._run.cancel()
+
+    def get_state_store(self, namespace: tuple[str, ...] = ()) -> RunStateStore | None:
+        return None if namespace else self._run.store
+
+    def stream_published_events(self) -> AsyncGenerator[Event, None]:
+        return _as_generator(self._run)
+
+    async def get_result(self) -> StopEvent:
+        return await self._run.wait_stop_event()
+
+    def get_result_or_none(self) -> StopEvent | None:
+        return self._run.stop_event
+
+    @property
+    def is_running(self) -> bool:
+        return not self._run.is_done
+
+    def abort(self) -> None:
+        self._run.cancel()
+
+
+async def _as_generator(run: Run) -> AsyncGenerator[Event, None]:  # noqa: ASYNC900 -- upstream wants one; it owns nothing
+    async for event in run.events():
+        yield event

@@ -1,0 +1,93 @@
+"""Events from outside of a run: who can take one now, and keeping those that nobody can take yet.
+
+Upstream drops an event that comes before its waiter, and lets a second event overwrite the first where two come before
+the step has looked at its waiter. Whoever answers a run from outside cannot know when it asks, so here an event waits
+until somebody can take it, and a waiter gets one event.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from .upstream import BrokerState, Event, StepId, TickAddEvent, UnhandledEvent, event_matches, step_accepts_event
+
+
+@dataclass(frozen=True, slots=True)
+class FromOutside:
+    """An event from outside of the run, on its way to the reducer."""
+
+    tick: TickAddEvent
+
+
+def can_take(state: BrokerState, tick: TickAddEvent) -> bool:
+    """Whether a step accepts the event, or a waiter that has no event yet matches it."""
+    for step_id, config in state.config.steps.items():
+        subclasses = config.accept_event_subclasses
+        if (tick.step_id is None or tick.step_id == step_id) and step_accepts_event(
+            tick.event, config.accepted_events, allow_subclasses=subclasses
+        ):
+            return True
+        if _waits_for(state, step_id, tick.event, subclasses):
+            return True
+    return False
+
+
+def _waits_for(state: BrokerState, step_id: StepId, event: Event, subclasses: bool) -> bool:
+    for waiter in state.workers[step_id].collected_waiters:
+        if waiter.resolved_event is not None or waiter.timed_out:
+            continue
+        if waiter.has_requirements and not waiter.requirements:
+            continue  # a resumed run has yet to ask its step what it required
+        if event_matches(event, waiter.waiting_for_event, allow_subclasses=subclasses) and all(
+            getattr(event, name, None) == value for name, value in waiter.requirements.items()
+        ):
+            return True
+    return False
+
+
+class Held:
+    """Outside events that nothing can take yet, in the order in which they came."""
+
+    __slots__ = ("_items", "look_again")
+
+    def __init__(self) -> None:
+        self._items: deque[FromOutside] = deque()
+        self.look_again = False
+        """Set where a waiter was added: one of the events may be for it."""
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def add(self, item: FromOutside) -> None:
+        self._items.append(item)
+
+    def events(self) -> list[Event]:
+        return [item.tick.event for item in self._items]
+
+    def take(self, state: BrokerState) -> FromOutside | None:
+        """Remove and return the first event that can be taken now. None, until `look_again`, if there is none."""
+        if self.look_again:
+            for index, item in enumerate(self._items):
+                if can_take(state, item.tick):
+                    del self._items[index]
+                    return item
+            self.look_again = False
+        return None
+
+    def take_all(self) -> list[FromOutside]:
+        """Remove and return what is left: the run has ended."""
+        items = list(self._items)
+        self._items.clear()
+        return items
+
+
+def unhandled(tick: TickAddEvent, *, idle: bool) -> UnhandledEvent:
+    """What upstream's broker publishes about an event that nothing took."""
+    cls = type(tick.event)
+    return UnhandledEvent(
+        event_type=cls.__name__,
+        qualified_name=f"{cls.__module__}.{cls.__name__}",
+        step_name=str(tick.step_id) if tick.step_id else None,
+        idle=idle,
+    )

@@ -1,0 +1,61 @@
+"""What is known of a workflow before it runs, worked out once a workflow and not once a run."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from .upstream import (
+    StepConfig,
+    WeakIdentityKeyDictionary,
+    Workflow,
+    infer_state_type,
+    step_config,
+    step_functions,
+    step_version,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepSpec:
+    """A step: its name, its configuration and how to call it.
+
+    `free_function` is set for a step that was added to the class from outside; a method is looked up on the workflow at
+    each call, so that the registry holds no reference to the instance.
+    """
+
+    name: str
+    config: StepConfig
+    is_async: bool
+    free_function: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredWorkflow:
+    """`steps` by name, the type of `ctx.store`, and the version that says when to look again."""
+
+    steps: dict[str, StepSpec]
+    state_type: type[Any]
+    version: int
+
+
+_registered: WeakIdentityKeyDictionary[Workflow, RegisteredWorkflow] = WeakIdentityKeyDictionary()
+
+
+def register(workflow: Workflow) -> RegisteredWorkflow:
+    """The workflow's registration, made at the first call and when a step was added since."""
+    known = _registered.get(workflow)
+    if known is not None and known.version == step_version(workflow):
+        return known
+    steps: dict[str, StepSpec] = {}
+    for name, function in step_functions(workflow).items():
+        steps[name] = StepSpec(
+            name=name,
+            config=step_config(function),
+            is_async=inspect.iscoroutinefunction(function),
+            free_function=None if hasattr(workflow, name) else function,
+        )
+    known = RegisteredWorkflow(steps=steps, state_type=infer_state_type(workflow), version=step_version(workflow))
+    _registered[workflow] = known
+    return known

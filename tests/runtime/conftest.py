@@ -1,0 +1,62 @@
+"""Three configurations for every test of the runtime, and a check that nothing is left of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+import sniffio
+import trio
+
+CONFIGURATIONS = {
+    "trio-anyio": ("trio", "anyio"),
+    "trio-asyncio": ("trio", "asyncio"),
+    "asyncio": ("asyncio", "anyio"),
+}
+
+
+@pytest.fixture(params=list(CONFIGURATIONS))
+def configuration(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def anyio_backend(configuration: str) -> str:
+    return CONFIGURATIONS[configuration][0]
+
+
+@pytest.fixture
+def flavour(configuration: str) -> str:
+    """The step flavour of the configuration: pass it to `open_run` and `run_workflow`."""
+    return CONFIGURATIONS[configuration][1]
+
+
+def living_tasks() -> set[Any]:
+    """Every task of the running loop: Trio's whole tree, or asyncio's set."""
+    if sniffio.current_async_library() == "asyncio":
+        return set(asyncio.all_tasks())
+    return set(_below(trio.lowlevel.current_root_task()))
+
+
+def _below(task: trio.lowlevel.Task | None) -> Iterator[trio.lowlevel.Task]:
+    if task is not None:
+        yield task
+        for nursery in task.child_nurseries:
+            for child in nursery.child_tasks:
+                yield from _below(child)
+
+
+@pytest.fixture
+def tasks() -> Any:
+    return living_tasks
+
+
+@pytest.fixture
+async def nothing_left(anyio_backend: str) -> AsyncIterator[None]:
+    """No task outlives the test (P6)."""
+    before = living_tasks()
+    yield
+    left = {task for task in living_tasks() - before if "_call_in_runner_task" not in repr(task)}  # the plugin's own
+    assert not left, f"left behind: {left}"
