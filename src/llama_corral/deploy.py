@@ -106,7 +106,7 @@ async def deploy_core(
         AddressError, StoreError, SetupError: something must be changed before it can run.
     """
     options = options or DeployOptions()
-    stop = stop or trio.Event()
+    stop = trio.Event() if stop is None else stop
     async with open_core(options) as bare, trio.open_nursery() as nursery:
         core = await _start_http(nursery, bare, options.settings, stop)
         task_status.started(core)
@@ -159,7 +159,7 @@ async def deploy_all(
         WorkflowValidationError: a workflow that upstream would refuse to run.
     """
     options = options or DeployOptions()
-    stop = stop or trio.Event()
+    stop = trio.Event() if stop is None else stop
     if not workflows:
         raise SetupError("there is no workflow to serve", hint="name at least one")
     for workflow in workflows.values():
@@ -211,9 +211,10 @@ async def _deploy_one(
 
 async def _start_http(nursery: trio.Nursery, core: Core, settings: ServerSettings, stop: trio.Event) -> Core:
     # Only who serves HTTP pays for the web stack.
-    from .control_plane.http import control_plane_app
-    from .web import serve
+    from .control_plane.http import mount
+    from .web import WebApp, serve
 
-    app = control_plane_app(core.plane, settings, version=__version__)
+    app = WebApp(settings, title="llama-corral", version=__version__)
+    mount(app, core.plane)
     urls: list[str] = await nursery.start(partial(serve, app, settings, stop=stop))
     return Core(tuple(urls), core.plane, core.queue, core.store)
