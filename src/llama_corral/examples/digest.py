@@ -93,6 +93,7 @@ class FileRead(Event):
 class Drafted(Event):
     draft: Draft
     skipped: list[Skipped]
+    problem: str | None = None
 
 
 class Decided(Event):
@@ -177,31 +178,22 @@ class DigestWorkflow(Workflow):
         return Drafted(draft=draft, skipped=skipped)
 
     @step
-    async def approve(self, ctx: Context[DigestState], ev: Drafted) -> Decided:
+    async def approve(self, ctx: Context[DigestState], ev: Drafted) -> Drafted | Decided:
         draft = ev.draft
         if not (await ctx.store.get_state()).approve:
             return Decided(draft=draft, skipped=ev.skipped, approved=None)
-        question = 1
-        problem = None
-        while True:
-            # When an answer comes the step begins anew and is given the earlier ones at once: an id for each question.
-            event = await ctx.wait_for_event(
-                HumanResponseEvent,
-                waiter_event=ApprovalRequired(preview=draft.in_reading_order(), problem=problem),
-                waiter_id=f"approve-{question}",
-                timeout=None,
-            )
-            question += 1
-            answer = str(event.get("response", "")).strip().lower()
-            if answer in ("yes", "no"):
-                return Decided(draft=draft, skipped=ev.skipped, approved=answer == "yes")
-            problem = None
-            if answer != "shorter":
-                problem = "please answer yes, no or shorter"
-            elif len(draft.quotes) <= 1:
-                problem = "it can not be shorter"
-            else:
-                draft = draft.shortened((len(draft.quotes) + 1) // 2)
+        question = ApprovalRequired(preview=draft.in_reading_order(), problem=ev.problem)
+        event = await ctx.wait_for_event(HumanResponseEvent, waiter_event=question, timeout=None)
+        # When the answer comes the step runs again from its beginning, and this time it gets here. It waits only once:
+        # to ask again it returns the event that starts it.
+        answer = str(event.get("response", "")).strip().lower()
+        if answer in ("yes", "no"):
+            return Decided(draft=draft, skipped=ev.skipped, approved=answer == "yes")
+        if answer != "shorter":
+            return Drafted(draft=draft, skipped=ev.skipped, problem="please answer yes, no or shorter")
+        if len(draft.quotes) <= 1:
+            return Drafted(draft=draft, skipped=ev.skipped, problem="it cannot be shorter")
+        return Drafted(draft=draft.shortened((len(draft.quotes) + 1) // 2), skipped=ev.skipped)
 
     @step
     def write(self, ev: Decided) -> Digest:

@@ -3,8 +3,9 @@
 Every question is published as a `Question`; a `HumanResponseEvent(response="...")` answers it. After a wrong answer it
 is asked again, with the reason in `problem`. The result is a `FilledForm`.
 
-A step that waits is run from its beginning again when the answer comes, and the answers so far are given to it at
-once. So there is nothing to remember between two questions: the step reads like a conversation.
+Each question is one run of the step `ask`, because a step should wait only once: an answer reaches every wait of its
+step that it fits, also those that were answered before. What is known so far travels in the event `Ask`, so two forms
+never meet, not even in one session.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workflows import Context, Workflow, step
-from workflows.events import HumanResponseEvent, InputRequiredEvent, StartEvent, StopEvent
+from workflows.events import Event, HumanResponseEvent, InputRequiredEvent, StartEvent, StopEvent
 
 MAX_QUANTITY = 1000
 
@@ -30,6 +31,14 @@ class Question(InputRequiredEvent):
 
     prefix: str
     field: str
+    problem: str | None = None
+
+
+class Ask(Event):
+    """The next question: a field by its number, what is known so far, and what was wrong with the last answer."""
+
+    number: int
+    known: dict[str, Any]
     problem: str | None = None
 
 
@@ -62,7 +71,7 @@ def parse_name(answer: str) -> str:
 
 
 def parse_quantity(answer: str) -> int:
-    if not answer.isdecimal() or not 1 <= int(answer[:9]) <= MAX_QUANTITY:
+    if not answer.isdecimal() or len(answer) > 9 or not 1 <= int(answer) <= MAX_QUANTITY:
         raise ValueError(f"{answer[:40]!r} is not a whole number from 1 to {MAX_QUANTITY}")
     return int(answer)
 
@@ -88,28 +97,23 @@ class FormWorkflow(Workflow):
         super().__init__(timeout=None)  # a person may take longer than any timeout
 
     @step
-    async def fill_in(self, ctx: Context, ev: OpenForm) -> FilledForm:
-        values: dict[str, Any] = {"item": ev.item}
-        for field in FIELDS:
-            values[field.name] = await self._ask(ctx, field, field.prompt.format(**values))
-        return FilledForm(**values)
+    async def begin(self, ev: OpenForm) -> Ask:
+        return Ask(number=0, known={"item": ev.item})
 
-    async def _ask(self, ctx: Context, field: Field, prompt: str) -> Any:
-        problem: str | None = None
-        attempt = 1
-        while True:
-            answer = await ctx.wait_for_event(
-                HumanResponseEvent,
-                waiter_event=Question(prefix=prompt, field=field.name, problem=problem),
-                # One id for each time a question is asked: it tells the answers apart when the step runs again.
-                waiter_id=f"{field.name}-{attempt}",
-                timeout=None,
-            )
-            try:
-                return field.parse(str(answer.get("response", "")).strip())
-            except ValueError as error:
-                problem = str(error)
-            attempt += 1
+    @step
+    async def ask(self, ctx: Context, ev: Ask) -> Ask | FilledForm:
+        field = FIELDS[ev.number]
+        question = Question(prefix=field.prompt.format(**ev.known), field=field.name, problem=ev.problem)
+        answer = await ctx.wait_for_event(HumanResponseEvent, waiter_event=question, timeout=None)
+        # When the answer comes the step runs again from its beginning, and this time it gets here.
+        try:
+            value = field.parse(str(answer.get("response", "")).strip())
+        except ValueError as error:
+            return Ask(number=ev.number, known=ev.known, problem=str(error))
+        known = {**ev.known, field.name: value}
+        if ev.number + 1 < len(FIELDS):
+            return Ask(number=ev.number + 1, known=known)
+        return FilledForm(**known)
 
 
 form = FormWorkflow()

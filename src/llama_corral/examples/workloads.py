@@ -42,6 +42,13 @@ class Tick(Event):
     payload: str = ""
 
 
+class Pause(Event):
+    """Wait for answer `number` of a load."""
+
+    number: int
+    load: Load
+
+
 class Burn(Event):
     """The processor's part of a load."""
 
@@ -64,22 +71,25 @@ class WorkloadWorkflow(Workflow):
         super().__init__(timeout=None)
 
     @step
-    async def work(self, ctx: Context, ev: Load) -> Burn | LoadDone:
-        # Waiting comes first: what stands before it in a step is done again when the answer arrives.
-        for number in range(1, ev.waits + 1):
-            await ctx.wait_for_event(
-                HumanResponseEvent,
-                waiter_event=Waiting(prefix="Go on?", number=number),
-                waiter_id=f"wait-{number}",
-                timeout=None,
-            )
-        for number in range(1, ev.events + 1):
-            ctx.write_event_to_stream(Tick(number=number, payload="x" * ev.payload))
-        if ev.sleep_ms:
-            await anyio.sleep(ev.sleep_ms / 1000)
-        if ev.cpu_ms:
-            return Burn(load=ev)
-        return LoadDone(waits=ev.waits, events=ev.events, sleep_ms=ev.sleep_ms)
+    async def begin(self, ctx: Context, ev: Load) -> Pause | Burn | LoadDone:
+        return Pause(number=1, load=ev) if ev.waits else await self._work(ctx, ev)
+
+    @step
+    async def pause(self, ctx: Context, ev: Pause) -> Pause | Burn | LoadDone:
+        waiting = Waiting(prefix="Go on?", number=ev.number)
+        await ctx.wait_for_event(HumanResponseEvent, waiter_event=waiting, timeout=None)
+        if ev.number < ev.load.waits:
+            return Pause(number=ev.number + 1, load=ev.load)
+        return await self._work(ctx, ev.load)
+
+    async def _work(self, ctx: Context, load: Load) -> Burn | LoadDone:
+        for number in range(1, load.events + 1):
+            ctx.write_event_to_stream(Tick(number=number, payload="x" * load.payload))
+        if load.sleep_ms:
+            await anyio.sleep(load.sleep_ms / 1000)
+        if load.cpu_ms:
+            return Burn(load=load)
+        return LoadDone(waits=load.waits, events=load.events, sleep_ms=load.sleep_ms)
 
     @step
     def burn(self, ev: Burn) -> LoadDone:
