@@ -22,7 +22,16 @@ SERVICES = ["echo", "streaming", "human", "waiting", "counting", "failing"]
 @pytest.fixture
 def url(tmp_path: Path) -> Iterator[str]:
     """A real `corral serve` in a process of its own."""
-    command = [sys.executable, "-m", "llama_corral.cli", "serve", "--port", "0", "--store", f"sqlite:///{tmp_path}/c.db"]
+    command = [
+        sys.executable,
+        "-m",
+        "llama_corral.cli",
+        "serve",
+        "--port",
+        "0",
+        "--store",
+        f"sqlite:///{tmp_path}/c.db",
+    ]
     served = [f"{HERE / 'served.py'}:{name}" for name in SERVICES]
     with subprocess.Popen([*command, *served], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
