@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import anyio
 from anyio.abc import TaskStatus
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from ..abc import MessageQueue, Store
 from ..events import Changes
@@ -28,6 +29,8 @@ from .registry import Registry
 
 logger = logging.getLogger(__name__)
 
+Item = Ticket | tuple[QueueMessage, str, bool]
+"""A ticket, or a message with its topic and whether everybody is to hear it."""
 OUTBOX_LIMIT: Final = 10_000
 PUBLISHERS: Final = 4
 MESSAGES_INSTANCE: Final = "messages"
@@ -95,9 +98,7 @@ class Effects:
         self._config = config
         self._alone = alone
         self._namespace = config.topic_namespace
-        self._send, self._receive = anyio.create_memory_object_stream[Ticket | tuple[QueueMessage, str, bool]](
-            OUTBOX_LIMIT
-        )
+        self._outbox: MemoryObjectSendStream[Item] | None = None
         self._published = self._failed = 0
 
     # Deciders call these after their commit.
@@ -132,9 +133,11 @@ class Effects:
         message = QueueMessage(publisher_id=self.publisher_id, action=ActionTypes.WAKE_UP, type=instance_id, data=data)
         self._put((message, topics.instance(self._namespace, instance_id), True))
 
-    def _put(self, item: Ticket | tuple[QueueMessage, str, bool]) -> None:
+    def _put(self, item: Item) -> None:
         try:
-            self._send.send_nowait(item)
+            if self._outbox is None:
+                raise anyio.ClosedResourceError
+            self._outbox.send_nowait(item)
         except (anyio.WouldBlock, anyio.BrokenResourceError, anyio.ClosedResourceError):
             # Full: the broker is away or slow. The store knows the ticket; the backstop brings it.
             self._failed += 1
@@ -144,16 +147,19 @@ class Effects:
 
     def close(self) -> None:
         """`publish_forever` ends when it has published what is in the outbox now."""
-        self._send.close()
+        if self._outbox is not None:
+            self._outbox.close()
 
     async def publish_forever(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        async with anyio.create_task_group() as publishers:
-            for number in range(PUBLISHERS):
-                publishers.start_soon(self._publish_all, name=f"publisher {number}")
-            task_status.started()
+        self._outbox, items = anyio.create_memory_object_stream[Item](OUTBOX_LIMIT)
+        with self._outbox, items:
+            async with anyio.create_task_group() as publishers:
+                for number in range(PUBLISHERS):
+                    publishers.start_soon(self._publish_all, items, name=f"publisher {number}")
+                task_status.started()
 
-    async def _publish_all(self) -> None:
-        async for item in self._receive:
+    async def _publish_all(self, items: MemoryObjectReceiveStream[Item]) -> None:
+        async for item in items:
             try:
                 with anyio.fail_after(self._config.publish_timeout):
                     await self._publish(item)
@@ -164,7 +170,7 @@ class Effects:
                     logger.warning("could not publish; the store keeps the ticket: %s", error or "timeout")
                 self.in_doubt.set()
 
-    async def _publish(self, item: Ticket | tuple[QueueMessage, str, bool]) -> None:
+    async def _publish(self, item: Item) -> None:
         if isinstance(item, Ticket):
             await self._publish_ticket(item)
         else:
@@ -206,9 +212,8 @@ class Effects:
         return bool(known)
 
     def statistics(self) -> Mapping[str, Any]:
-        buffer = self._send.statistics()
         return {
-            "outbox": buffer.current_buffer_used,
+            "outbox": 0 if self._outbox is None else self._outbox.statistics().current_buffer_used,
             "published": self._published,
             "unpublished": self._failed,
             "readers": self.changes.statistics(),

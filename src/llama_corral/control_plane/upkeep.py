@@ -32,8 +32,8 @@ FIRST_RETRY: Final = 0.5
 
 
 class Deadlines:
-    """Wakes whoever sleeps until the next deadline. Deadlines are rounded up to a hundredth of their distance: a million
-    tasks with a minute each are a hundred wake-ups and a hundred numbers."""
+    """Wakes whoever sleeps until the next deadline. Deadlines are rounded up to a hundredth of their distance, at most to a
+    second: a million tasks with a minute each are a hundred wake-ups and a hundred numbers."""
 
     def __init__(self) -> None:
         self._heap: list[float] = []
@@ -41,7 +41,7 @@ class Deadlines:
         self._earlier = anyio.Event()
 
     def add(self, deadline: float, now: float) -> None:
-        step = max(0.05, (deadline - now) / 100)
+        step = min(1.0, max(0.05, (deadline - now) / 100))
         due = math.ceil(deadline / step) * step
         if due not in self._known:
             self._known.add(due)
