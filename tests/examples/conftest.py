@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
+from anyio import fail_after
 from workflows import Context, Workflow
 from workflows.events import Event, HumanResponseEvent, InputRequiredEvent
 
@@ -80,18 +81,19 @@ def run_example(engine: Engine) -> RunExample:
             assert answer is not None, f"no answer is left for {event!r}"
             return HumanResponseEvent(response=answer)
 
-        if engine.flavour is None:
-            handler = workflow.run(ctx=context, **start)
-            async for event in handler.stream_events():
-                if answer := reply(event):
-                    handler.ctx.send_event(answer)
-            result = await handler
-        else:
-            async with open_run(workflow, context=context, flavour=engine.flavour, **start) as run:
-                async for event in run.events():
+        with fail_after(20):  # pytest-timeout cannot end a test that hangs on Trio
+            if engine.flavour is None:
+                handler = workflow.run(ctx=context, **start)
+                async for event in handler.stream_events():
                     if answer := reply(event):
-                        run.send_event(answer)
-                result = await run.result()
+                        handler.ctx.send_event(answer)
+                result = await handler
+            else:
+                async with open_run(workflow, context=context, flavour=engine.flavour, **start) as run:
+                    async for event in run.events():
+                        if answer := reply(event):
+                            run.send_event(answer)
+                    result = await run.result()
         assert list(left) == [], "answers that nobody asked for"
         return Outcome(result, events)
 
