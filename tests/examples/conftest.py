@@ -48,16 +48,6 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return ENGINES[request.param]
 
 
-@pytest.fixture(autouse=True)
-def _anyio_sees_the_hosted_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To be removed once `llama_corral.aio` does it: trio-asyncio replaces `asyncio.get_running_loop`, but AnyIO's
-    asyncio backend keeps the old function if it was imported earlier, and pytest's AnyIO plugin imports it first of all.
-    """
-    import asyncio
-
-    monkeypatch.setattr("anyio._backends._asyncio.get_running_loop", asyncio.get_running_loop)
-
-
 @pytest.fixture
 def anyio_backend(engine: Engine) -> str:
     return engine.backend
