@@ -27,25 +27,49 @@ def texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from texts(entry, f"{name}[{key}]" if name else key)
 
 
+def plan_of(text: str) -> list[str]:
+    connection = SqliteDatabase(None, "normal").connect()
+    try:
+        values = dict.fromkeys(re.findall(r":(\w+)", text), 1)
+        return [row[3] for row in connection.tx.all(f"EXPLAIN QUERY PLAN {text}", values)]
+    finally:
+        connection.close()
+
+
 def every_statement(sql: Statements) -> list[tuple[str, str]]:
     return [(name, text) for name, text in texts(vars(sql)) if not name.startswith("_")]
 
 
 def test_no_statement_walks_over_a_table_or_sorts_one() -> None:
     """Cost stays flat: every condition and every order is an index."""
-    connection = SqliteDatabase(None, "normal").connect()
-    try:
-        statements = every_statement(statements_for("sqlite"))
-        assert len(statements) > 60
-        for name, text in statements:
-            values = dict.fromkeys(re.findall(r":(\w+)", text), 1)
-            plan = [row[3] for row in connection.tx.all(f"EXPLAIN QUERY PLAN {text}", values)]
-            walks = [step for step in plan if step.startswith("SCAN") and step != "SCAN CONSTANT ROW"]
-            assert not walks or name in READ_WHOLE, (name, plan)
-            # The overdue are few, and come out by deadline.
-            assert name == "overdue" or not [step for step in plan if "TEMP B-TREE" in step], (name, plan)
-    finally:
-        connection.close()
+    statements = every_statement(statements_for("sqlite"))
+    assert len(statements) > 60
+    for name, text in statements:
+        plan = plan_of(text)
+        walks = [step for step in plan if step.startswith("SCAN") and step != "SCAN CONSTANT ROW"]
+        assert not walks or name in READ_WHOLE, (name, plan)
+        # The overdue are few, and come out by deadline.
+        assert name == "overdue" or not [step for step in plan if "TEMP B-TREE" in step], (name, plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("overdue", "corral_tasks_deadline"),
+        ("owned_by", "corral_tasks_owner"),
+        ("free_next", "corral_tasks_line"),
+        ("queued_in_line", "corral_tasks_line"),
+        ("session_policy", "corral_tasks_line"),
+        ("session_tasks", "corral_tasks_session"),
+        ("count_open", "COVERING INDEX corral_tasks_status_service"),
+        ("due_tickets", "corral_tasks_status "),
+    ],
+)
+def test_each_question_has_its_index(name: str, index: str) -> None:
+    """Any index would do for a plan without a walk; the wrong one looks at every open task."""
+    plan = plan_of(getattr(statements_for("sqlite"), name))
+    assert any(index in step for step in plan), plan
+    assert all(index in step for step in plan if "INDEX corral_tasks" in step), plan
 
 
 @pytest.mark.parametrize("dialect", list(DIALECTS))
@@ -65,6 +89,21 @@ def test_endings_are_written_only_where_the_table_of_transitions_has_them() -> N
             assert f"status='{status.value}'" in text
     claimable = ", ".join(f"'{source.value}'" for source in sources(Trigger.CLAIM))
     assert f"IN ({claimable})" in sql.claim
+
+
+@pytest.mark.parametrize(
+    ("chosen", "index"),
+    [
+        ((True, False, False), "COVERING INDEX corral_tasks_status "),
+        ((True, True, False), "COVERING INDEX corral_tasks_status_service "),
+        ((False, False, True), "corral_tasks_session"),
+        ((True, False, True), "corral_tasks_session"),
+        ((False, True, True), "corral_tasks_session"),
+        ((True, True, True), "corral_tasks_line"),
+    ],
+)
+def test_each_list_has_its_index(chosen: tuple[bool, bool, bool], index: str) -> None:
+    assert all(index in step for step in plan_of(statements_for("sqlite").newest[chosen]))
 
 
 def test_two_stores_in_memory_are_two(tmp_path: Path) -> None:

@@ -439,4 +439,7 @@ class Statements:
         self.newest: dict[tuple[bool, bool, bool], str] = {}
         for chosen in itertools.product((False, True), (False, True), (False, True)):
             conditions = [condition for condition, wanted in zip(filters, chosen, strict=True) if wanted]
+            if chosen == (True, False, True):
+                # As an expression no index fits it: else SQLite looks at every task with the status, not at the session's.
+                conditions[0] = sa.func.lower(_t.status) == _b("status")
             self.newest[chosen] = self._sql(newest.where(*conditions))

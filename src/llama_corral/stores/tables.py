@@ -171,8 +171,9 @@ _index("corral_tasks_status_service", _t.status, _t.service_name, _t.no)
 # The tasks of a session in order. An implicit session is found by the id of its task.
 _index("corral_tasks_session", _t.session_id, _t.no, where=EXPLICIT)
 # The line in front of (session, service): who is open, who is held next.
-_index("corral_tasks_line", _t.session_id, _t.service_name, _t.no, where=sa.and_(EXPLICIT, IS_OPEN))
+_index("corral_tasks_line", _t.session_id, _t.service_name, _t.status, _t.no, where=EXPLICIT)
 # What the reaper takes from a lost instance. Only open tasks, so it stays small.
 _index("corral_tasks_owner", _t.owner, where=sa.and_(_t.owner.is_not(None), IS_OPEN))
-_index("corral_tasks_deadline", _t.deadline, where=sa.and_(_t.deadline.is_not(None), IS_OPEN))
+# By status first: without it SQLite would rather look at every open task than at those with a deadline.
+_index("corral_tasks_deadline", _t.status, _t.deadline, where=_t.deadline.is_not(None))
 _index("corral_instances_service", instances.c.service_name)
