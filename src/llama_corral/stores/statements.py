@@ -116,6 +116,13 @@ STATE = (
 """What the units decide by; read into `rows.TaskState`."""
 
 
+# With a checkpoint the task has made progress: failures before it do not count any more.
+_PROGRESS = {
+    "attempts": sa.case((_b("progress", type_=sa.BigInteger) == ONE, ZERO), else_=_t.attempts),
+    "has_checkpoint": sa.case((_b("progress", type_=sa.BigInteger) == ONE, ONE), else_=_t.has_checkpoint),
+}
+
+
 def _target(trigger: Trigger) -> sa.ColumnElement[str]:
     """The one status to which a trigger leads, whatever it comes from."""
     targets = {after(status, trigger) for status in sources(trigger)}
@@ -133,7 +140,9 @@ class Statements:
         self._define_registry()
         self._define_sessions()
         self._define_accept_and_claim()
+        self._define_line()
         self._define_reports()
+        self._define_release()
         self._define_children()
         self._define_unowned()
         self._define_reads()
@@ -218,11 +227,6 @@ class Statements:
         self.insert_task = self._sql(
             self._insert_into(tasks, *names).on_conflict_do_nothing(index_elements=["task_id"])
         )
-        in_line = sa.and_(_t.session_id == _b("session_id"), _t.service_name == _b("service_name"), EXPLICIT)
-        busy = sa.exists(sa.select(ONE).where(in_line, IS_OPEN).correlate(None))
-        self.session_policy = self._sql(
-            sa.select(sessions.c.policy, busy).where(sessions.c.session_id == _b("session_id"))
-        )
         by_id = _t.task_id == _b("task_id")
         self.accepted_task = self._sql(sa.select(_t.session_id, _t.status, _t.digest).where(by_id))
         self.claim = self._sql(
@@ -241,6 +245,14 @@ class Statements:
         )
         self.claimed = self._sql(
             sa.select(*CLAIM).where(by_id, _t.owner == _b("instance_id"), _t.nonce == _b("new_nonce"), status_in(OWNED))
+        )
+
+    def _define_line(self) -> None:
+        """The line of explicit sessions in front of a service."""
+        in_line = sa.and_(_t.session_id == _b("session_id"), _t.service_name == _b("service_name"), EXPLICIT)
+        busy = sa.exists(sa.select(ONE).where(in_line, IS_OPEN).correlate(None))
+        self.session_policy = self._sql(
+            sa.select(sessions.c.policy, busy).where(sessions.c.session_id == _b("session_id"))
         )
         # A task joins the line as held, so at most one of (session, service) is past it: free the first when it ended.
         waiting = tasks.alias("waiting").c
@@ -285,11 +297,7 @@ class Statements:
         )
         counted = {"report_seq": _b("seq"), "event_count": _t.event_count + _b("added")}
         answer = (_t.no, _t.event_count)
-        progress = {
-            "attempts": sa.case((_b("progress", type_=sa.BigInteger) == ONE, ZERO), else_=_t.attempts),
-            "has_checkpoint": sa.case((_b("progress", type_=sa.BigInteger) == ONE, ONE), else_=_t.has_checkpoint),
-        }
-        note = sa.update(tasks).where(held).values(**counted, **progress).returning(*answer)
+        note = sa.update(tasks).where(held).values(**counted, **_PROGRESS).returning(*answer)
         self.report: dict[bool | None, str] = {None: self._sql(note)}
         for waiting, trigger in ((True, Trigger.IDLE), (False, Trigger.BUSY)):
             change = note.where(status_in(sources(trigger))).values(status=_target(trigger))
@@ -319,15 +327,18 @@ class Statements:
             .where(_t.no == _b("task_no"))
             .values(context_saved=ZERO, context_error=_b("new_context_error"))
         )
+
+    def _define_release(self) -> None:
+        """Only used on a task whose state was locked and found in the hands of the right epoch."""
         self.release = self._sql(
             sa.update(tasks)
             .where(_t.no == _b("task_no"), status_in(sources(Trigger.RELEASE)))
-            .values(**progress, status=_target(Trigger.RELEASE), owner=sa.null(), nonce=sa.null())
+            .values(**_PROGRESS, status=_target(Trigger.RELEASE), owner=sa.null(), nonce=sa.null())
         )
         self.leave_idle = self._sql(
             sa.update(tasks)
             .where(_t.no == _b("task_no"), status_in(sources(Trigger.IDLE)))
-            .values(**progress, status=_target(Trigger.IDLE), owner=sa.null(), nonce=sa.null())
+            .values(**_PROGRESS, status=_target(Trigger.IDLE), owner=sa.null(), nonce=sa.null())
         )
 
     def _define_children(self) -> None:
