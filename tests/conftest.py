@@ -6,6 +6,9 @@ alone are marked `trio` (pytest-trio). A test that proves a promise of the desig
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
+
 import pytest
 
 PROMISES = {
@@ -35,3 +38,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             unknown = set(mark.args) - PROMISES.keys()
             if unknown or not mark.args:
                 raise pytest.UsageError(f"{item.nodeid}: unknown promise {sorted(unknown)}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where everything is installed (CI), a test that skips itself has failed."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CORRAL_TEST_NO_SKIPS"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped where nothing may be skipped: {report.longrepr}"
+    return report
