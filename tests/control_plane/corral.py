@@ -98,7 +98,9 @@ class FakeService:
         key = (claim.task_id, claim.epoch)
         seq = self._seqs[key] = self._seqs.get(key, 0) + 1
         records = tuple(EventRecord("app.Progress", json.dumps(event)) for event in events)
-        return await self.plane.report(Report(claim.task_id, claim.epoch, seq, 0.0, records, waiting, terminal=terminal))
+        return await self.plane.report(
+            Report(claim.task_id, claim.epoch, seq, 0.0, records, waiting, terminal=terminal)
+        )
 
     async def complete(self, claim: Claim, value: Any = "done") -> ReportAnswer:
         return await self.report(claim, terminal=completed(value))
@@ -135,8 +137,31 @@ class Corral:
 
     @asynccontextmanager
     async def wakeups(self, service: FakeService) -> AsyncIterator[Any]:
-        async with self.queue.subscribe(topics.instance(self.plane.config.topic_namespace, service.instance_id)) as heard:
+        async with self.queue.subscribe(
+            topics.instance(self.plane.config.topic_namespace, service.instance_id)
+        ) as heard:
             yield heard
+
+    async def elsewhere(self, name: str, service: FakeService) -> Claim:
+        """Register an instance that is not in this process, and let it claim a task."""
+        service.name = name
+        await self.plane.register(service.info())
+        await self.plane.submit(name, {})
+        claim = await service.take_ticket(self.queue)
+        assert claim is not None
+        return claim
+
+    async def reclaim(self, task_id: str, service: FakeService) -> Claim:
+        """The claim that the service holds, rebuilt from what is stored."""
+        record = await self.plane.get_task(task_id)
+        return Claim(
+            task_id, record.service_name, record.session_id, False, record.epoch, 1, record.input, record.created_at
+        )
+
+    @asynccontextmanager
+    async def another_plane(self) -> AsyncIterator[ControlPlane]:
+        async with ControlPlane(self.store, self.queue, config=self.plane.config) as plane:
+            yield plane
 
     async def message(self, topic: str) -> QueueMessage:
         async with self.queue.consumer(self.topic(topic)) as consumer:

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.anyio
 
 async def test_a_free_slot_takes_the_task_in_the_same_unit(corral: Corral) -> None:
     service = await corral.service(slots=1)
+    await anyio.wait_all_tasks_blocked()  # the reaper's first look
     before = corral.store.statistics()["units"]
     accepted = await corral.plane.submit("svc", {"topic": "llamas"})
     assert corral.store.statistics()["units"] == before + 1
@@ -181,8 +182,13 @@ class DeafQueue(MemoryMessageQueue):
 
     deaf = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = anyio.Event()
+
     async def publish(self, message: QueueMessage, topic: str) -> None:
         if self.deaf:
+            self.asked.set()
             await checkpoint()
             raise QueueUnavailable("The broker is away.")
         await super().publish(message, topic)
@@ -200,8 +206,7 @@ async def test_a_broker_that_is_away_is_nobodys_error(
         queue.deaf = True
         accepted = await corral.plane.submit("svc", {})
         assert accepted.status is TaskStatus.QUEUED
-        while not corral.plane.statistics()["unpublished"]:
-            await checkpoint()
+        await queue.asked.wait()
         queue.deaf = False
         claim = await service.take_ticket(corral.queue)
         assert claim is not None

@@ -1,0 +1,198 @@
+"""What a control plane does by itself: at its start, when something died, when time is over, and nothing otherwise."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from llama_corral.control_plane.leases import Leases
+from llama_corral.control_plane.upkeep import Deadlines
+from llama_corral.exceptions import Conflict
+from llama_corral.protocol.lifecycle import TaskStatus
+from llama_corral.protocol.messages import ServiceDefinition
+from llama_corral.protocol.records import HeldTask, InstanceRecord, Ticket
+
+from .corral import Corral, open_corral
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.promise("P2", "P5", "P8")
+async def test_the_next_process_takes_over_at_once(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/corral.db"
+    async with open_corral(url) as corral:
+        await corral.service(slots=1)
+        running = await corral.plane.submit("svc", {})
+        queued = await corral.plane.submit("svc", {})
+        assert (running.status, queued.status) == (TaskStatus.RUNNING, TaskStatus.QUEUED)
+        # The process dies: the service says nothing, the memory queue is gone.
+    async with open_corral(url) as corral:
+        service = await corral.service()
+        claims = [await service.take_ticket(corral.queue), await service.take_ticket(corral.queue)]
+        found = {claim.task_id: claim.attempt for claim in claims if claim is not None}
+        assert found == {running.task_id: 2, queued.task_id: 1}
+
+
+@pytest.mark.promise("P2")
+async def test_a_store_shared_with_others_is_not_taken_over(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/corral.db"
+    async with open_corral(url) as corral:
+        await corral.service(slots=1)
+        running = await corral.plane.submit("svc", {})
+    async with open_corral(url, alone=False) as corral:
+        assert (await corral.plane.get_task(running.task_id)).status is TaskStatus.RUNNING
+
+
+def test_leases_judge_by_movement_on_one_clock() -> None:
+    leases = Leases(10)
+
+    def instance(name: str, heartbeat: int) -> InstanceRecord:
+        return InstanceRecord(name, "svc", 1, started_at=5.0, heartbeat=heartbeat)
+
+    assert leases.dead([instance("a", 7), instance("b", 3)], now=100) == []
+    assert leases.dead([instance("a", 7), instance("b", 4)], now=110) == []
+    assert leases.dead([instance("a", 7), instance("b", 4)], now=110.1) == ["a"]
+    assert leases.dead([instance("b", 4), instance("c", 0)], now=119) == []
+    assert leases.dead([instance("a", 7)], now=500) == []  # back again: looked at for the first time
+
+
+@pytest.mark.promise("P2")
+async def test_a_silent_instance_is_reaped_and_one_that_beats_is_not() -> None:
+    async with open_corral(lease=0.2) as corral:
+        local = await corral.service(slots=1)
+        kept = await corral.plane.submit("svc", {})
+        silent, beating = await corral.service(register=False), await corral.service(register=False)
+        silent.instance_id, beating.instance_id = "silent", "beating"
+        lost = await corral.elsewhere("far", silent)
+        alive = await corral.elsewhere("near", beating)
+        async with anyio.create_task_group() as group:
+
+            async def beat() -> None:
+                while True:
+                    await corral.plane.heartbeat("beating", [HeldTask(alive.task_id, alive.epoch)])
+                    await anyio.sleep(0.03)
+
+            group.start_soon(beat)
+            async with corral.queue.consumer(corral.topic("far")) as consumer:
+                (delivery,) = await consumer.receive()
+                assert delivery.message.data["task_id"] == lost.task_id
+            group.cancel_scope.cancel()
+        assert (await corral.plane.get_task(alive.task_id)).owner == "beating"
+        assert (await corral.plane.get_task(kept.task_id)).owner == local.instance_id
+        assert (await corral.plane.get_task(lost.task_id)).attempts == 1
+        assert not (await corral.plane.heartbeat("silent", ())).known
+
+
+@pytest.mark.promise("P1")
+async def test_a_task_that_loses_its_worker_too_often_fails_and_its_reader_hears_it() -> None:
+    async with open_corral(lease=0.05, max_attempts=1) as corral:
+        service = await corral.service(register=False)
+        claim = await corral.elsewhere("far", service)
+        record = await corral.plane.wait_result(claim.task_id, 5)
+        assert record is not None
+        assert record.status is TaskStatus.FAILED
+        assert record.error is not None
+        assert record.error.type == "worker_lost"
+
+
+@pytest.mark.promise("P1")
+async def test_a_deadline_ends_what_nobody_holds_in_time(corral: Corral) -> None:
+    await corral.service()
+    session = (await corral.plane.sessions.create()).session_id
+    first = await corral.plane.submit("svc", {}, session_id=session, timeout=0.05)
+    second = await corral.plane.submit("svc", {}, session_id=session)
+    assert second.status is TaskStatus.HELD
+    record = await corral.plane.wait_result(first.task_id, 5)
+    assert record is not None
+    assert record.status is TaskStatus.TIMED_OUT
+    assert (await corral.message("svc")).data["task_id"] == first.task_id
+    assert (await corral.message("svc")).data["task_id"] == second.task_id
+    with pytest.raises(Conflict):
+        await corral.plane.cancel(first.task_id)
+
+
+async def test_a_million_deadlines_are_few_wakeups(anyio_backend: str) -> None:
+    deadlines = Deadlines()
+    for i in range(100_000):
+        deadlines.add(1060 + i / 10_000, 1000)
+    assert len(deadlines._heap) <= 21
+    now = [1000.0]
+    with anyio.move_on_after(0.01) as early:
+        await deadlines.wait_due(lambda: now[0])
+    assert early.cancelled_caught
+    now[0] = 1061.0
+    await deadlines.wait_due(lambda: now[0])
+    deadlines.add(1062.0, 1061.5)
+    async with anyio.create_task_group() as group:
+        group.start_soon(deadlines.wait_due, lambda: now[0])
+        await anyio.wait_all_tasks_blocked()
+        now[0] = 2000.0
+        deadlines.add(1061.6, 1061.5)
+
+
+@pytest.mark.promise("P5")
+async def test_the_backstop_brings_a_ticket_that_was_lost() -> None:
+    async with open_corral(backstop_interval=0.05) as corral:
+        service = await corral.service()
+        accepted = await corral.plane.submit("svc", {})
+        assert (await corral.message("svc")).data["task_id"] == accepted.task_id  # taken, and forgotten
+        claim = await service.take_ticket(corral.queue)
+        assert claim is not None
+        assert claim.task_id == accepted.task_id
+
+
+async def test_the_backstop_does_not_repeat_what_still_waits_in_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_corral(backstop_interval=0.01) as corral:
+        looks: list[int] = []
+        often = anyio.Event()
+        look = corral.store.due_tickets
+
+        async def count(**options: Any) -> list[Ticket]:
+            found = await look(**options)
+            looks.append(len(found))
+            if looks.count(1) == 3:
+                often.set()
+            return found
+
+        monkeypatch.setattr(corral.store, "due_tickets", count)
+        await corral.service()
+        await corral.plane.submit("svc", {})
+        await often.wait()
+        assert corral.queue.statistics()["topics"]["test.svc"] == 1
+
+
+@pytest.mark.promise("P10")
+async def test_an_idle_plane_asks_the_store_nothing(corral: Corral) -> None:
+    await corral.service(slots=1)
+    await corral.plane.services.define(ServiceDefinition(service_name="other"))
+    await anyio.wait_all_tasks_blocked()
+    before, started = corral.store.statistics(), time.process_time()
+    await anyio.sleep(0.5)  # the length of the observation, not a wait for something
+    assert corral.store.statistics() == before
+    assert time.process_time() - started < 0.05
+
+
+@pytest.mark.promise("P3")
+async def test_several_planes_on_one_store_wake_each_other() -> None:
+    async with open_corral(alone=False) as corral:
+        async with corral.another_plane() as other:
+            service = await corral.service(slots=1)
+            accepted = await corral.plane.submit("svc", {})
+            claim = await service.wait_claim()
+            indices = []
+            async with anyio.create_task_group() as group:
+
+                async def read() -> None:
+                    async for page in other.open_log(accepted.task_id):
+                        indices.extend(event.index for event in page.events)
+
+                group.start_soon(read)
+                await anyio.wait_all_tasks_blocked()
+                await service.report(claim, {"n": 0})
+                await service.report(claim, {"n": 1})
+                await service.complete(claim)
+            assert indices == [0, 1]
