@@ -117,8 +117,8 @@ async def test_a_deadline_ends_what_nobody_holds_in_time(corral: Corral) -> None
 
 async def test_a_million_deadlines_are_few_wakeups(anyio_backend: str) -> None:
     deadlines = Deadlines()
-    for i in range(100_000):
-        deadlines.add(1060 + i / 10_000, 1000)
+    for i in range(20_000):
+        deadlines.add(1060 + i / 2_000, 1000)
     assert len(deadlines._heap) <= 21
     now = [1000.0]
     with anyio.move_on_after(0.01) as early:
