@@ -50,5 +50,15 @@ async def serve_service(
     async with trio.open_nursery() as nursery:
         urls: list[str] = await nursery.start(partial(serve, app, settings, stop=stop))
         service.bound_to(int(urls[0].rpartition(":")[2]))
-        await nursery.start(service.processing_loop_then, stop)
+        await nursery.start(_serve_until_it_ends, service, stop)
         task_status.started(urls[0])
+
+
+async def _serve_until_it_ends(
+    service: WorkflowService, stop: trio.Event, *, task_status: trio.TaskStatus[None]
+) -> None:
+    """Keep the server as long as the service drains: its clients may still have events to send."""
+    try:
+        await service.processing_loop(task_status=task_status)
+    finally:
+        stop.set()

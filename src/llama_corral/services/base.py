@@ -47,6 +47,11 @@ class BaseService(ABC):
         return self._service_name
 
     @property
+    def topic_namespace(self) -> str:
+        """What the names of the service's topics begin with: the control plane's namespace."""
+        return self._topic_namespace
+
+    @property
     @abstractmethod
     def service_definition(self) -> ServiceDefinition:
         """What the service tells others of itself."""

@@ -125,7 +125,11 @@ class WorkflowCodec:
     def encode_result(self, stop: StopEvent) -> tuple[str, str]:
         """The result as JSON text and as the original's text. What JSON does not know is written as its `str()`."""
         value = stop.result if type(stop) is StopEvent else stop
-        return pydantic_core.to_json(value, fallback=str, inf_nan_mode="null").decode(), str(value)
+        text = printable(str(value))
+        try:
+            return pydantic_core.to_json(value, fallback=str, inf_nan_mode="null").decode(), text
+        except Exception:  # lone surrogates, cycles, a serializer of the user's that fails
+            return json.dumps(text), text
 
     # Contexts
 
@@ -136,6 +140,15 @@ class WorkflowCodec:
     def decode_context(self, payload: str) -> Context[Any]:
         """A context that can start or resume a run. Raises ContextSerdeError for what does not fit the workflow."""
         return Context.from_dict(self._workflow, json.loads(payload), self._serializer)
+
+
+def printable(text: str) -> str:
+    """The text with what no database and no socket takes (lone surrogates) written as escapes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode(errors="backslashreplace").decode()
+    return text
 
 
 def collect_types(workflow: Workflow, more: Iterable[type[Any]] = ()) -> list[type[Any]]:

@@ -15,10 +15,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..abc import Coordinator, LocalService, MessageQueue
-from ..exceptions import BadInput, Conflict, NotFound
+from ..exceptions import BadInput, Conflict, NotFound, TooManyTasks
 from ..protocol import topics
 from ..protocol.lifecycle import TaskStatus
-from ..protocol.messages import ActionTypes, QueueMessage, TaskDefinition, TaskResult, TaskStream, new_id
+from ..protocol.messages import ActionTypes, ErrorRecord, QueueMessage, TaskDefinition, TaskResult, TaskStream
 from ..protocol.records import (
     Checkpoint,
     Claim,
@@ -40,13 +40,14 @@ logger = logging.getLogger(__name__)
 PublishCallback = Callable[[QueueMessage], Awaitable[None] | None]
 
 MAX_OPEN = 10_000
-"""Tasks kept at a time; beyond it a NEW_TASK is refused and its message stays with the queue."""
+"""Tasks kept at a time; one beyond that ends at once as failed, because those in line may all wait for messages that are
+behind it in the queue."""
 MAX_ENDED = 10_000
 """Ids of ended tasks remembered, to drop a message that is delivered again."""
 MAX_CONTEXTS = 1_000
 """Contexts of sessions kept; the one unused for longest is dropped."""
 MAX_INBOX = 1_000
-"""Outside events kept for one task."""
+"""Outside events kept for one task; those it has taken make room for new ones."""
 
 
 @dataclass(slots=True)
@@ -56,7 +57,11 @@ class _Task:
     epoch: int = 0
     report_seq: int = 0
     next_index: int = 0
-    inbox: list[InboxEvent] = field(default_factory=list)
+    inbox: deque[InboxEvent] = field(default_factory=deque)
+    inbox_head: int = 0
+    inbox_taken: int = 0
+    published: int = 0
+    """Events of the report in flight that are published: where the queue was away, its repetition goes on there."""
     running: bool = False
 
     @property
@@ -82,8 +87,8 @@ class QueueCoordinator(Coordinator):
         publisher_id: str = "default",
         publish_callback: PublishCallback | None = None,
     ) -> None:
+        self.topic_namespace = topic_namespace
         self._queue = message_queue
-        self._topic_namespace = topic_namespace
         self._publisher_id = publisher_id
         self._publish_callback = publish_callback
         self._service_name = ""
@@ -98,14 +103,14 @@ class QueueCoordinator(Coordinator):
         """Keep a NEW_TASK. The ticket if it may start now; None if its session is busy or it is a duplicate.
 
         Raises:
-            Conflict: too many tasks are open.
+            TooManyTasks: too many tasks are open.
         """
         task_id = definition.task_id
         if task_id in self._tasks or task_id in self._ended:
             logger.info("task %s was delivered again and is not started again", task_id)
             return None
         if len(self._tasks) >= MAX_OPEN:
-            raise Conflict(f"{MAX_OPEN} tasks are open; the service takes no more", hint="send it again later")
+            raise TooManyTasks(f"{MAX_OPEN} tasks are open; the service takes no more", hint="send it again later")
         task = self._tasks[task_id] = _Task(definition, now)
         line = self._sessions.setdefault(task.session_id, deque())
         line.append(task_id)
@@ -122,14 +127,29 @@ class QueueCoordinator(Coordinator):
         if task is None:
             raise NotFound(f"task {task_id} is not known here or has ended", task_id=task_id)
         if len(task.inbox) >= MAX_INBOX:
-            raise Conflict(f"task {task_id} has {MAX_INBOX} events that it has not taken", task_id=task_id)
-        task.inbox.append(InboxEvent(seq=task.inbox[-1].seq + 1 if task.inbox else 1, payload=payload))
+            if task.inbox[0].seq > task.inbox_taken:
+                raise Conflict(f"task {task_id} has {MAX_INBOX} events that it has not taken", task_id=task_id)
+            task.inbox.popleft()
+        task.inbox_head += 1
+        task.inbox.append(InboxEvent(task.inbox_head, payload))
+
+    async def refuse(self, definition: TaskDefinition, error: TooManyTasks) -> None:
+        """End a task that was not admitted, so that whoever waits for it is told."""
+        record = ErrorRecord(type=type(error).__name__, message=str(error), retryable=True)
+        terminal = Terminal(TaskStatus.FAILED, result_text=str(error), error=record)
+        await self._publish(ActionTypes.COMPLETED_TASK, _task_result(definition.task_id, terminal).model_dump())
+
+    async def give_back(self) -> None:
+        """Put every task that is still open back on the queue: for another service, or for this one's next start."""
+        for task_id, task in list(self._tasks.items()):
+            await self._give_back(task_id, task)
 
     # The seam
 
     async def register(self, info: ServiceInfo, local: LocalService | None = None) -> Registration:
         self._service_name = info.service_name
-        return Registration(topic_namespace=self._topic_namespace, heartbeat_interval=0.0)
+        # There is no lease: who holds a task is always this process.
+        return Registration(topic_namespace=self.topic_namespace, heartbeat_interval=0.0)
 
     async def deregister(self, instance_id: str) -> None:
         """Nothing to tell anybody."""
@@ -140,7 +160,7 @@ class QueueCoordinator(Coordinator):
             return None
         task.running = True
         task.epoch += 1
-        task.report_seq = 0
+        task.report_seq = task.published = 0
         return Claim(
             task_id=ticket.task_id,
             service_name=ticket.service_name,
@@ -161,7 +181,7 @@ class QueueCoordinator(Coordinator):
             return ReportAnswer("fenced")
         if report.seq <= task.report_seq:
             return ReportAnswer("ok", next_index=task.next_index)
-        for event in report.events:
+        for event in report.events[task.published :]:
             stream = TaskStream(
                 task_id=report.task_id,
                 session_id=task.definition.session_id,
@@ -171,28 +191,23 @@ class QueueCoordinator(Coordinator):
             )
             await self._publish(ActionTypes.TASK_STREAM, stream.model_dump())
             task.next_index += 1
-        if report.terminal is None:
-            task.report_seq = report.seq
-            return ReportAnswer("ok", next_index=task.next_index)
-        await self._publish(ActionTypes.COMPLETED_TASK, _task_result(report.task_id, report.terminal).model_dump())
-        if report.context is not None:
-            self._keep_context(task.session_id, report.context.based_on, report.context.payload)
-        return ReportAnswer("ok", next_index=task.next_index, tickets=self._end(report.task_id, task))
+            task.published += 1
+        if report.terminal is not None:
+            result = _task_result(report.task_id, report.terminal)
+            await self._publish(ActionTypes.COMPLETED_TASK, result.model_dump())
+            if report.context is not None:
+                self._keep_context(task.session_id, report.context.based_on, report.context.payload)
+            return ReportAnswer("ok", next_index=task.next_index, tickets=self._end(report.task_id, task))
+        task.report_seq = report.seq
+        task.published = 0
+        return ReportAnswer("ok", next_index=task.next_index)
 
     async def release(self, task_id: str, epoch: int, checkpoint: Checkpoint | None) -> ReportAnswer:
-        """The task goes back to the queue: there is no store to keep it."""
+        """The task goes back to the queue and starts again: there is no store to keep the checkpoint."""
         task = self._tasks.get(task_id)
         if task is None or task.epoch != epoch:
             return ReportAnswer("fenced")
-        message = QueueMessage(
-            type=self._service_name,
-            publisher_id=self._publisher_id,
-            action=ActionTypes.NEW_TASK,
-            data=task.definition.model_dump(),
-        )
-        await self._queue.publish(message, topics.topic(self._topic_namespace, self._service_name))
-        del self._tasks[task_id]
-        return ReportAnswer("ok", tickets=self._next_in_line(task_id, task))
+        return ReportAnswer("ok", tickets=await self._give_back(task_id, task))
 
     async def heartbeat(self, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:
         return HeartbeatAnswer()
@@ -201,10 +216,25 @@ class QueueCoordinator(Coordinator):
         task = self._tasks.get(task_id)
         if task is None or task.epoch != epoch:
             return InboxPage("fenced")
-        events = tuple(event for event in task.inbox if event.seq > after)
-        return InboxPage("ok", events, head=task.inbox[-1].seq if task.inbox else 0)
+        task.inbox_taken = max(task.inbox_taken, after)
+        return InboxPage("ok", tuple(event for event in task.inbox if event.seq > after), head=task.inbox_head)
 
     # Keeping
+
+    async def _give_back(self, task_id: str, task: _Task) -> tuple[Ticket, ...]:
+        """Publish the task and the events that came for it, in their order, and forget it."""
+        topic = topics.topic(self.topic_namespace, self._service_name)
+        events = [task.definition.model_copy(update={"input": event.payload}) for event in task.inbox]
+        for action, definition in [
+            (ActionTypes.NEW_TASK, task.definition),
+            *((ActionTypes.SEND_EVENT, event) for event in events),
+        ]:
+            message = QueueMessage(
+                type=self._service_name, publisher_id=self._publisher_id, action=action, data=definition.model_dump()
+            )
+            await self._queue.publish(message, topic)
+        del self._tasks[task_id]
+        return self._next_in_line(task_id, task)
 
     def _end(self, task_id: str, task: _Task) -> tuple[Ticket, ...]:
         del self._tasks[task_id]
@@ -230,17 +260,19 @@ class QueueCoordinator(Coordinator):
 
     async def _publish(self, action: ActionTypes, data: dict[str, object]) -> None:
         message = QueueMessage(
-            id_=new_id(),
             type=topics.CONTROL_PLANE_NAME,
             publisher_id=self._publisher_id,
             action=action,
             data=data,
         )
-        await self._queue.publish(message, topics.topic(self._topic_namespace, topics.CONTROL_PLANE_NAME))
+        await self._queue.publish(message, topics.topic(self.topic_namespace, topics.CONTROL_PLANE_NAME))
         if self._publish_callback is not None:
-            called = self._publish_callback(message)
-            if inspect.isawaitable(called):
-                await called
+            try:
+                called = self._publish_callback(message)
+                if inspect.isawaitable(called):
+                    await called
+            except Exception:  # it is told of what has happened; it has no say in it
+                logger.exception("the publish callback failed on message %s", message.id_)
 
 
 def _task_result(task_id: str, terminal: Terminal) -> TaskResult:
