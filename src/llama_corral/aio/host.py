@@ -80,7 +80,9 @@ async def open_asyncio_loop() -> AsyncIterator[None]:
         yield
         return
     error: BaseException | None = None
-    async with _import_trio_asyncio().open_loop():
+    async with _import_trio_asyncio().open_loop() as loop:
+        # By default an error that asyncio only logs ends a hosted loop: one step's forgotten future would end them all.
+        loop.set_exception_handler(_log_error)
         try:
             yield
         except (Exception, KeyboardInterrupt, SystemExit) as exc:
@@ -90,6 +92,11 @@ async def open_asyncio_loop() -> AsyncIterator[None]:
             raise error
         finally:
             del error  # its traceback holds this frame
+
+
+def _log_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # Not super() nor loop.default_exception_handler(): those are trio-asyncio's, which raise.
+    asyncio.BaseEventLoop.default_exception_handler(loop, context)  # type: ignore[arg-type]
 
 
 def _create_owned_task(

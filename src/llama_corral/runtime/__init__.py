@@ -14,4 +14,5 @@ from .options import RunStatistics as RunStatistics
 from .options import StepFlavour as StepFlavour
 from .options import sync_step_limiter as sync_step_limiter
 from .run import Run as Run
+from .state import new_context as new_context
 from .stream import EventReader as EventReader

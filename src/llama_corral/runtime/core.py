@@ -20,7 +20,7 @@ import anyio.abc
 
 from ..aio import library_clock
 from .hooks import RunHooks
-from .mailbox import FromOutside, Held, can_take, unhandled
+from .mailbox import FromOutside, Held, can_take, hide_answered, show_answered, unhandled
 from .options import RunOptions
 from .stream import EventRing
 from .timers import Timers
@@ -149,15 +149,23 @@ class RunCore:
             tick: WorkflowTick = item.tick
         else:
             tick = item
-        now = self.now()
-        self.broker_state, commands = reduce_tick(stamped(tick, now), self.broker_state, now, run_id=self.run_id)
-        self._ticks += 1
+        commands = self._reduced(tick)
         for command in commands:
             self._obey(command)
             if self._outcome is not None:
                 return
         if isinstance(tick, TickStepResult):
             self._note_waiters(tick)
+
+    def _reduced(self, tick: WorkflowTick) -> list[WorkflowCommand]:
+        now = self.now()
+        before = self.broker_state
+        hidden = hide_answered(before) if isinstance(tick, TickAddEvent) else None
+        self.broker_state, commands = reduce_tick(stamped(tick, now), before, now, run_id=self.run_id)
+        if hidden:
+            show_answered(self.broker_state, hidden)
+        self._ticks += 1
+        return commands
 
     def _note_waiters(self, tick: TickStepResult) -> None:
         for result in tick.result:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import chain
 
 from .upstream import BrokerState, Event, StepId, TickAddEvent, UnhandledEvent, event_matches, step_accepts_event
 
@@ -44,6 +45,38 @@ def _waits_for(state: BrokerState, step_id: StepId, event: Event, subclasses: bo
         ):
             return True
     return False
+
+
+class _Answered(Event):
+    """What a waiter that has its event waits for while another event is routed: nothing."""
+
+
+Hidden = list[tuple[StepId, str, type[Event]]]
+
+
+def hide_answered(state: BrokerState) -> Hidden:
+    """Keep waiters that have their event, or have timed out, from taking the next one.
+
+    Upstream would overwrite the event and start the step once more, which loses an answer where a step asks twice.
+    `show_answered` must follow, in sync code, on whatever state the reducer made of this one.
+    """
+    hidden: Hidden = []
+    for step_id, worker in state.workers.items():
+        for waiter in worker.collected_waiters:
+            if waiter.resolved_event is not None or waiter.timed_out:
+                hidden.append((step_id, waiter.waiter_id, waiter.waiting_for_event))
+                waiter.waiting_for_event = _Answered
+    return hidden
+
+
+def show_answered(state: BrokerState, hidden: Hidden) -> None:
+    """Undo `hide_answered`."""
+    for step_id, waiter_id, waited_for in hidden:
+        worker = state.workers[step_id]
+        snapshots = (execution.shared_state.collected_waiters for execution in worker.in_progress)
+        for waiter in chain(worker.collected_waiters, *snapshots):
+            if waiter.waiter_id == waiter_id and waiter.waiting_for_event is _Answered:
+                waiter.waiting_for_event = waited_for
 
 
 class Held:

@@ -7,10 +7,14 @@ from typing import Any
 
 from ..aio import FlavourLock
 from .upstream import (
+    BaseSerializer,
+    Context,
     InMemoryStateStore,
     PreContext,
     Workflow,
     WorkflowRuntimeError,
+    context_with_face,
+    infer_state_type,
     is_durable_serialized_state,
     workflow_serializer,
 )
@@ -22,6 +26,34 @@ class RunStateStore(InMemoryStateStore[Any]):
     @functools.cached_property
     def _lock(self) -> FlavourLock:  # type: ignore[override]
         return FlavourLock()
+
+
+class OwnPreContext(PreContext[Any]):
+    """Upstream's Context before its run, with a store that works on Trio too."""
+
+    @property
+    def store(self) -> RunStateStore:
+        if self._store is None:
+            state = self._init_snapshot.state
+            if state and not is_durable_serialized_state(state):
+                store = RunStateStore.from_dict(state, self._serializer)
+            else:
+                store = RunStateStore(infer_state_type(self._workflow)())
+            self._store = store
+        assert isinstance(self._store, RunStateStore)
+        return self._store
+
+
+def new_context(
+    workflow: Workflow, previous: dict[str, Any] | None = None, serializer: BaseSerializer | None = None
+) -> Context[Any]:
+    """A Context to start a run with: `Context(workflow)` or `Context.from_dict(workflow, previous)`, except that its
+    store can be used before the run in either library. Upstream's own needs an asyncio loop for that.
+
+    Raises:
+        ContextSerdeError: `previous` is not what `to_dict()` gave, or does not fit the workflow.
+    """
+    return context_with_face(OwnPreContext(workflow, previous, serializer))
 
 
 def open_state(workflow: Workflow, state_type: type[Any], pre: PreContext[Any] | None) -> RunStateStore:

@@ -176,13 +176,14 @@ _ASYNCIO_IN_TRIO = (
     # With a hosted loop around, asyncio finds the loop and misses its task.
     "should be used inside a task",
     "cannot determine the parent task",
+    "'nonetype' object has no attribute 'create_",  # asyncio.gather and others, once trio-asyncio was imported
 )
 _TRIO_IN_ASYNCIO = ("task got bad yield", "must be called from async context", "only works in an async trio context")
 
 
 def _explain(exc: Exception, call: StepCall) -> Exception:
     """Replace the error of a library that met the wrong event loop by one that names the step and the setting."""
-    if not isinstance(exc, (RuntimeError, TypeError)) or isinstance(exc, SelfCancelled):
+    if not isinstance(exc, (RuntimeError, TypeError, AttributeError)) or isinstance(exc, SelfCancelled):
         return exc
     text = str(exc).lower()
     speaks_asyncio = call.flavour == "asyncio" or call.backend == "asyncio"
