@@ -89,11 +89,11 @@ def _open_server(command: Sequence[str], folder: Path, *, health: str) -> Iterat
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT)
     try:
-        url = _wait_ready(process, log, health)
-        yield Server(url, psutil.Process(process.pid))
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended by itself with {process.returncode}:\n{log.read_text()}")
+        yield Server(_wait_ready(process, log, health), psutil.Process(process.pid))
     finally:
+        ended = process.poll()
+        if ended is not None:  # what went wrong in the block is probably its consequence
+            print(f"the server ended by itself with {ended}:\n{log.read_text()}", file=sys.stderr)
         process.terminate()
         try:
             process.wait(STOP_TIMEOUT)
