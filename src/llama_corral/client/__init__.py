@@ -4,10 +4,10 @@
         print(await client.run("hello", name="Ada"))
 
 * `api.py`: `Client`; `services.py`, `sessions.py`, `tasks.py` what hangs on it; `sync.py` `SyncClient`.
-* `http.py`: one connection pool, what is repeated and when; `errors.py` answers as exceptions.
+* `http.py`: one connection pool, what is repeated and when; `errors.py` answers as exceptions; `urls.py`.
 * `events.py`, `sse.py`: event streams that go on after a dropped connection; `outgoing.py` what is sent.
 
-Names are loaded when they are first used: the command line reads `errors.py` alone, without an HTTP library.
+Names are loaded when they are first used: the command line uses `errors.py` alone, without an HTTP library.
 """
 
 from __future__ import annotations

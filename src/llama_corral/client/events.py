@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from ..exceptions import Draining, Unavailable
 from ..protocol.messages import TaskResult
 from .errors import from_shape, no_answer, not_ours
-from .http import Http, Patience, StreamBody, path_of
+from .http import Http, Patience, StreamBody
 from .sse import Frame, SseParser
+from .urls import path_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,14 @@ from collections import deque
 from collections.abc import Mapping
 from itertools import count
 from typing import Any, Final
-from urllib.parse import quote
 
 import anyio
 import httpx
 from pydantic import SecretStr
 
 from ..exceptions import CorralError, TooManyTasks, Unavailable
-from .errors import check_url, from_answer, is_loopback, no_answer, not_ours
+from .errors import from_answer, no_answer, not_ours
+from .urls import check_url, is_loopback
 
 STREAM_SILENCE: Final = 45.0
 """Seconds of silence after which a stream's connection counts as dead: three heartbeats of the server."""
@@ -29,11 +29,6 @@ FIRST_DELAY: Final = 0.05
 LONGEST_DELAY: Final = 5.0
 
 _NOT_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
-
-
-def path_of(*parts: str) -> str:
-    """A path of parts that may hold any character."""
-    return "".join(f"/{quote(part, safe='')}" for part in parts)
 
 
 def delay_of(failures: int, error: Unavailable | None = None) -> float:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
-
-from pydantic import BaseModel
-from pydantic_core import to_jsonable_python
+from typing import TYPE_CHECKING, Any
 
 from ..exceptions import BadInput
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 def start_arguments(arguments: Mapping[str, Any] | None, more: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,8 +60,14 @@ def _dumped(event: BaseModel, name: str) -> Any:
 
 def _jsonable(value: Any, what: str) -> Any:
     try:
-        plain = to_jsonable_python(value, inf_nan_mode="constants")
-        json.dumps(plain, allow_nan=False)
+        try:
+            json.dumps(value, allow_nan=False)
+        except TypeError:
+            # Loaded for whoever needs it: the command line does not.
+            from pydantic_core import to_jsonable_python
+
+            value = to_jsonable_python(value, inf_nan_mode="constants")
+            json.dumps(value, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"{what} has no JSON form: {error}") from error
-    return plain
+    return value

@@ -6,7 +6,8 @@ from pydantic import ValidationError
 
 from ..protocol.messages import ServiceDefinition as Service
 from .errors import not_ours
-from .http import Http, path_of
+from .http import Http
+from .urls import path_of
 
 __all__ = ["Service", "Services"]
 

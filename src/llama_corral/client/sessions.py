@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..protocol.records import SessionPolicy
 from .errors import not_ours
-from .http import path_of
 from .outgoing import start_arguments
 from .tasks import OnEvent, Task, TaskInfo
+from .urls import path_of
 
 if TYPE_CHECKING:
     from .api import Client

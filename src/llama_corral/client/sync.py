@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -12,7 +12,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from ..protocol.messages import TaskResult
 from ..protocol.records import SessionPolicy
-from .api import Client
+from .api import CANCEL_GRACE, Client
 from .events import TaskEvent, TaskEvents
 from .services import Service
 from .sessions import Session
@@ -28,13 +28,21 @@ class _Bridge:
         self._portal = portal
 
     def __call__(self, fn: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
-        future = self._portal.start_task_soon(partial(fn, *args, **kwargs))
+        ended = threading.Event()
+
+        async def call() -> T:
+            try:
+                return await fn(*args, **kwargs)
+            finally:
+                ended.set()
+
+        future = self._portal.start_task_soon(call)
         try:
             return future.result()
         except BaseException:
-            # Ctrl-C while we wait: the call is cancelled, and what that means (a task cancelled on the server) is done
-            # before the portal's block can be left. Nothing happens if it was the call itself that raised.
-            future.cancel()
+            # Ctrl-C while we wait: cancel the call, and let it tell the server before anybody closes the connections.
+            if future.cancel():
+                ended.wait(2 * CANCEL_GRACE)
             raise
 
 

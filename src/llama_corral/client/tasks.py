@@ -13,8 +13,9 @@ from ..protocol.lifecycle import TaskStatus
 from ..protocol.messages import ErrorRecord, TaskResult
 from .errors import not_ours
 from .events import TaskEvents
-from .http import Http, Patience, path_of
+from .http import Http, Patience
 from .outgoing import event_text
+from .urls import path_of
 
 LONG_POLL: Final = 25.0
 """Seconds for which a result is asked at a time: less than most proxies wait for an answer."""
