@@ -11,11 +11,18 @@ from ..exceptions import CorralError
 
 logger = logging.getLogger(__name__)
 
-DRAIN_MARGIN = 15.0
-"""Seconds beyond a service's own drain time after which a program that does not end is ended."""
+STUCK_AFTER = 5.0
+"""Seconds beyond the services' drain time after which a program that does not end is ended, with the stacks of what is
+stuck in its log (P7)."""
 
 
-def run_program(prepare: Callable[[], Any], main: Callable[[Any, Any], Awaitable[int]]) -> int:
+def run_program(
+    prepare: Callable[[], Any],
+    main: Callable[[Any, Any], Awaitable[int]],
+    *,
+    drain_timeout: float,
+    stuck_after: float = STUCK_AFTER,
+) -> int:
     """Prepare, then run `main(prepared, stop)` on Trio until it returns an exit code.
 
     The first SIGINT or SIGTERM sets `stop`, the second ends the process at once. An error that the operator can mend is one
@@ -27,7 +34,7 @@ def run_program(prepare: Callable[[], Any], main: Callable[[Any, Any], Awaitable
 
     try:
         prepared = prepare()
-        return trio.run(_with_signals, prepared, main)
+        return trio.run(_with_signals, prepared, main, drain_timeout, stuck_after)
     except CorralError as exc:
         return _complain(exc, EXIT_SETUP)
     except BaseExceptionGroup as group:
@@ -37,7 +44,9 @@ def run_program(prepare: Callable[[], Any], main: Callable[[Any, Any], Awaitable
         return _complain(known, EXIT_SETUP)
 
 
-async def _with_signals(prepared: Any, main: Callable[[Any, Any], Awaitable[int]]) -> int:
+async def _with_signals(
+    prepared: Any, main: Callable[[Any, Any], Awaitable[int]], drain_timeout: float, stuck_after: float
+) -> int:
     import trio
 
     from ..supervision import drain_deadline, open_support_group, stop_on_signal
@@ -46,8 +55,8 @@ async def _with_signals(prepared: Any, main: Callable[[Any, Any], Awaitable[int]
     code = 0
     async with open_support_group() as support:
         await support.start(lambda *, task_status: stop_on_signal(stop, task_status=task_status), name="signals")
-        options = prepared[1]
-        async with drain_deadline(stop, options.drain_timeout + DRAIN_MARGIN):
+        # At the drain time the services cancel what still works; a little later everything is cancelled.
+        async with drain_deadline(stop, drain_timeout + 0.2 * stuck_after, margin=0.8 * stuck_after):
             code = await main(prepared, stop)
     return code
 

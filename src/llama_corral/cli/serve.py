@@ -10,7 +10,7 @@ import typer
 from pydantic import SecretStr, ValidationError
 
 from ..exceptions import SetupError
-from ._program import run_program
+from ._program import STUCK_AFTER, run_program
 
 
 def register(app: typer.Typer) -> None:
@@ -34,6 +34,9 @@ def serve(
         str | None, typer.Option(help="Bearer token that clients must send.", envvar="CORRAL_TOKEN")
     ] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that working runs get after a stop.", min=0)] = 10.0,
+    stuck_after: Annotated[
+        float, typer.Option(help="Seconds after that until a program that does not end is ended.", min=0, hidden=True)
+    ] = STUCK_AFTER,
     log_format: Annotated[str, typer.Option(help="text or json")] = "text",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
     access_log: Annotated[bool, typer.Option("--access-log", help="Log one line a request.")] = False,
@@ -79,7 +82,7 @@ def serve(
         )
         return load_targets(targets), options
 
-    sys.exit(run_program(prepare, _serve))
+    sys.exit(run_program(prepare, _serve, drain_timeout=drain_timeout, stuck_after=stuck_after))
 
 
 async def _serve(prepared: Any, stop: Any) -> int:
