@@ -1,0 +1,5 @@
+"""`python -m llama_corral.cli`."""
+
+from . import main
+
+main()
