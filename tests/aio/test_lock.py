@@ -35,9 +35,11 @@ async def test_the_holder_gets_an_error_and_keeps_the_lock(anyio_backend):
         with pytest.raises(RuntimeError, match="edit_state"):
             async with lock.acquire_write():
                 pass
-        with anyio.move_on_after(0.01):
-            async with anyio.create_task_group() as group:
-                group.start_soon(_acquire, lock)
+        async with anyio.create_task_group() as group:
+            group.start_soon(_acquire, lock)
+            group.start_soon(_acquire, lock)
+            await anyio.wait_all_tasks_blocked()
+            group.cancel_scope.cancel()
     await _acquire(lock)
 
 

@@ -59,7 +59,6 @@ PARAMETERS = {
     "step_accepts_event": (up.step_accepts_event, ["event", "accepted_events", "allow_subclasses"]),
     "infer_state_type": (up.infer_state_type, ["workflow"]),
     "is_durable_serialized_state": (up.is_durable_serialized_state, ["data"]),
-    "new_run_id": (up.new_run_id, ["size"]),
     "PreContext": (up.PreContext.__init__, ["self", "workflow", "previous_context", "serializer"]),
     "InternalContext": (up.InternalContext.__init__, ["self", "internal_adapter", "workflow"]),
     "InternalContext.send_event": (up.InternalContext.send_event, ["self", "message", "step"]),

@@ -9,6 +9,7 @@ is set no tick is reduced and nothing is published.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from abc import abstractmethod
 from collections import deque
@@ -53,7 +54,6 @@ from .upstream import (
     WorkflowRuntimeError,
     WorkflowTick,
     broker_state,
-    new_run_id,
     reduce_tick,
     stamped,
 )
@@ -79,7 +79,7 @@ class RunCore:
         options: RunOptions | None,
     ) -> None:
         self.workflow = workflow
-        self.run_id = run_id or new_run_id()
+        self.run_id = run_id or secrets.token_hex(8)
         self.options = options or RunOptions()
         self.broker_state: BrokerState = broker_state(workflow, pre)
         self._hooks = hooks

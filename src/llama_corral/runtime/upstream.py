@@ -95,7 +95,6 @@ from workflows.runtime.types.ticks import (
     TickWakeup,
     WorkflowTick,
 )
-from workflows.utils import _nanoid as new_run_id
 
 __all__ = (
     "STAMPED_TICK_TYPES",
@@ -174,7 +173,6 @@ __all__ = (
     "event_matches",
     "infer_state_type",
     "is_durable_serialized_state",
-    "new_run_id",
     "reduce_tick",
     "set_face",
     "stamped",
