@@ -262,3 +262,25 @@ async def test_a_running_sync_step_is_abandoned(flavour):
         await anyio.to_thread.run_sync(entered.wait)
     go_on.set()
     await anyio.to_thread.run_sync(ended.wait)
+
+
+@pytest.mark.parametrize("how", ["cancel", "timeout"])
+async def test_asyncios_own_cancellation_of_the_caller(configuration, how):
+    if configuration != "asyncio":
+        pytest.skip("the asyncio backend only")
+    workflow = Sleeper()
+
+    async def work():
+        async with open_run(workflow) as run:
+            await run.result()
+
+    if how == "timeout":
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(work(), 0.02)
+    else:
+        task = asyncio.create_task(work())
+        await workflow.started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert workflow.cleaned == 1

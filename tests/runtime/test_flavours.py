@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
+from typing import Annotated
 
 import anyio
 import anyio.lowlevel
@@ -15,6 +16,7 @@ import trio
 import trio.lowlevel
 from workflows import Context, Workflow, step
 from workflows.events import StartEvent, StopEvent
+from workflows.resource import Resource
 from workflows.retry_policy import retry_policy, stop_after_attempt, wait_fixed
 
 from llama_corral.aio import has_asyncio_loop, open_asyncio_loop
@@ -203,6 +205,51 @@ async def test_asyncio_tasks_end_with_their_step(configuration, flavour, then):
         assert workflow.task.done()
         if workflow.late:
             assert workflow.late.done()
+
+
+class Client:
+    """Lives by a task of its own, as clients of brokers and databases do."""
+
+    def __init__(self):
+        self.questions = asyncio.Queue()
+        self.task = asyncio.create_task(self.serve())
+
+    async def serve(self):
+        while True:
+            answer = await self.questions.get()
+            answer.set_result("alive")
+
+    async def ask(self):
+        answer = asyncio.get_running_loop().create_future()
+        await self.questions.put(answer)
+        return await answer
+
+
+clients = []
+
+
+async def connect() -> Client:
+    await pause(0)
+    clients.append(Client())
+    return clients[-1]
+
+
+class Asks(Workflow):
+    @step
+    async def ask(self, ev: StartEvent, client: Annotated[Client, Resource(connect)]) -> StopEvent:
+        return StopEvent(result=await client.ask())
+
+
+async def test_a_shared_resource_keeps_its_tasks_until_the_loop_ends(configuration, flavour):
+    if configuration != "trio-asyncio":
+        pytest.skip("hosted asyncio only")
+    clients.clear()
+    workflow = Asks()
+    async with open_asyncio_loop():
+        for _ in range(3):
+            assert await run_workflow(workflow, flavour=flavour) == "alive"
+    assert len(clients) == 1
+    assert clients[0].task.cancelled()
 
 
 class FailingOrphan(Workflow):

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, TypeVar
@@ -52,6 +52,7 @@ _REPLACED = ("_get_running_loop", "get_running_loop", "get_event_loop", "current
 def _import_trio_asyncio() -> Any:
     if "trio_asyncio" in sys.modules:
         return sys.modules["trio_asyncio"]
+    policy = asyncio.get_event_loop_policy()
     originals = {id(getattr(asyncio, name)): name for name in _REPLACED}
     import trio_asyncio
     import trio_asyncio._loop as internals
@@ -65,7 +66,7 @@ def _import_trio_asyncio() -> Any:
                     setattr(module, attribute, getattr(asyncio, originals[id(value)]))
     # It also makes loops of its own for every asyncio.run() of the process, in other threads too, unless a policy was
     # set in that thread. This is the thread-local's default, so that plain asyncio stays what it was.
-    internals._FakedPolicy.policy = asyncio.DefaultEventLoopPolicy()
+    internals._FakedPolicy.policy = policy
     return trio_asyncio
 
 
@@ -87,6 +88,12 @@ async def open_asyncio_loop() -> AsyncIterator[None]:
             yield
         except (Exception, KeyboardInterrupt, SystemExit) as exc:
             error = exc  # the loop's task group would wrap the block's own error in a group
+        finally:
+            # Tasks that belong to no call (`kept_tasks`) belong to the loop.
+            left = {task for task in asyncio.all_tasks(loop) if not task.done()}
+            if left:
+                with trio.CancelScope(shield=True):  # bounded: see _end_orphans
+                    await loop.run_aio_coroutine(_end_orphans(left))  # noqa: ASYNC102
     if error is not None:
         try:
             raise error
@@ -117,6 +124,17 @@ def _owning_loop() -> Any:
     if loop is not None and loop.get_task_factory() is None:
         loop.set_task_factory(_create_owned_task)
     return loop
+
+
+@contextlib.contextmanager
+def kept_tasks() -> Iterator[None]:
+    """Asyncio tasks that are created inside the block live as long as the loop, not as long as the call around: the
+    block makes something that others go on using."""
+    token = _owned.set(None)
+    try:
+        yield
+    finally:
+        _owned.reset(token)
 
 
 async def call_asyncio(fn: Callable[..., Awaitable[T]], *args: Any) -> T:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from typing import Any
 
-from ..aio import FlavourLock
+from ..aio import FlavourLock, kept_tasks
 from .upstream import StepConfig, WeakIdentityKeyDictionary, Workflow, workflow_resources
 
 _locks: WeakIdentityKeyDictionary[Workflow, dict[str, FlavourLock]] = WeakIdentityKeyDictionary()
@@ -44,6 +44,8 @@ class ResourceScope:
                 await stack.enter_async_context(self._lock(name).acquire_write())
                 if name in shared:
                     return shared[name]
+                # What is shared outlives the step that happens to make it, with the tasks that it lives by.
+                stack.enter_context(kept_tasks())
             elif name in self._made:
                 return self._made[name]
             value = await resource.resolve(ResourceScope(self._workflow, (*self._chain, name), self._made))
