@@ -8,6 +8,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 from workflows import Context, Workflow, step
+from workflows.errors import WorkflowCancelledByUser
 from workflows.events import (
     Event,
     HumanResponseEvent,
@@ -348,3 +349,34 @@ async def test_a_run_can_be_watched_and_answered_from_the_other_flavour(flavour,
     async with open_run(Idler(), flavour=watched) as other:
         start = StartEvent(other=other)
         assert await run_workflow(Relay(), start_event=start, flavour=flavour) == "across"
+
+
+class Host(Workflow):
+    """Opens a run in its own library and hands it out."""
+
+    def __init__(self, box):
+        super().__init__()
+        self.box = box
+
+    @step
+    async def host(self, ev: StartEvent) -> StopEvent:
+        async with open_run(Idler()) as run:
+            self.box["run"] = run
+            return StopEvent(result=await run.result())
+
+
+@pytest.mark.parametrize("then", ["answer", "cancel"])
+async def test_a_nested_run_can_be_answered_from_outside_of_its_library(flavour, then):
+    box = {}
+    async with open_run(Host(box), flavour=flavour) as outer:
+        await anyio.wait_all_tasks_blocked()
+        reader = box["run"].events()
+        assert isinstance(await anext(reader), InputRequiredEvent)
+        if then == "answer":
+            box["run"].send_event(HumanResponseEvent(response="from outside"))
+            assert await box["run"].result() == "from outside"
+            assert await outer.result() == "from outside"
+        else:
+            box["run"].cancel()
+            with pytest.raises(WorkflowCancelledByUser):
+                await outer.result()
