@@ -106,7 +106,7 @@ class Intake:
         self._owes = False
         self._reserved = 0
         self._none_reserved = anyio.Event()
-        self._left_over: Ticket | None = None
+        self._in_hand: list[Ticket] = []
 
     @property
     def instance_id(self) -> str:
@@ -115,7 +115,7 @@ class Intake:
     @property
     def ready(self) -> int:
         """Tickets that wait inside the service."""
-        return self._ready_out.statistics().current_buffer_used
+        return self._ready_out.statistics().current_buffer_used + len(self._in_hand)
 
     # Tickets of the queue
 
@@ -242,14 +242,11 @@ class Intake:
         """Start the tasks that wait inside the service, one whenever a slot is free."""
         while True:
             ticket = await self._ready_out.receive()
+            self._in_hand.append(ticket)
             slot = Slot(self._limiter)
-            try:
-                await slot.ensure()
-                self._host.start_run(self._claim_and_execute, ticket, slot)
-            except BaseException:
-                slot.release()
-                self._left_over = ticket
-                raise
+            await slot.ensure()
+            self._in_hand.remove(ticket)
+            self._host.start_run(self._claim_and_execute, ticket, slot)
 
     async def _claim_and_execute(self, ticket: Ticket, slot: Slot) -> None:
         try:
@@ -265,7 +262,7 @@ class Intake:
     async def close(self, *, publish: bool) -> None:
         """Take no more tickets; with `publish`, put those that wait inside the service on the queue for others."""
         self._ready_in.close()
-        left = [self._left_over] if self._left_over is not None else []
+        left = self._in_hand.copy()
         while True:
             try:
                 left.append(self._ready_out.receive_nowait())
