@@ -53,7 +53,7 @@ def serve(
     ):
         if value not in known:
             raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=option)
-    given = {
+    given: dict[str, Any] = {
         "host": host,
         "port": port,
         "token": SecretStr(token) if token is not None else None,
@@ -72,7 +72,7 @@ def serve(
             settings = ServerSettings(**given)
         except ValidationError as exc:
             raise SetupError(f"the settings are wrong: {exc.errors(include_input=False)[0]['msg']}") from exc
-        configure_logging(log_format, level=getattr(logging, log_level.upper()))
+        configure_logging(given["log_format"], level=getattr(logging, log_level.upper()))
         options = DeployOptions(
             store_url=store,
             max_concurrent_tasks=max_concurrent_tasks,
@@ -93,9 +93,9 @@ async def _serve(prepared: Any, stop: Any) -> int:
     workflows, options = prepared
     async with trio.open_nursery() as nursery:
 
-        async def deploy(*, task_status: trio.TaskStatus[Deployment]) -> None:
+        async def deploy(*, task_status: Any) -> None:
             await deploy_all(workflows, options, stop=stop, task_status=task_status)
 
-        deployment = await nursery.start(deploy)
+        deployment: Deployment = await nursery.start(deploy)
         print(f"corral ready at {deployment.url}", flush=True)
     return 0
