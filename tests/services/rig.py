@@ -115,6 +115,8 @@ class Rig:
         self.tasks = tasks
         self.flavour = flavour
         self.ended: dict[str, anyio.Event] = {}
+        self.crashes: list[Exception] = []
+        """What came out of processing loops; a test that expects something takes it out."""
 
     async def serve(
         self,
@@ -140,6 +142,8 @@ class Rig:
         ended = self.ended[service.instance_id] = anyio.Event()
         try:
             await service.processing_loop(task_status=task_status)
+        except Exception as exc:
+            self.crashes.append(exc)
         finally:
             ended.set()
 
@@ -195,8 +199,11 @@ async def open_rig(flavour: Any, url: str = "sqlite://", **settings: Any) -> Asy
     async with SqlStore(url) as store, MemoryMessageQueue() as queue:
         async with ControlPlane(store, queue, config=config, alone=True) as plane:
             async with anyio.create_task_group() as tasks:
-                yield Rig(store, queue, plane, tasks, flavour)
+                rig = Rig(store, queue, plane, tasks, flavour)
+                yield rig
                 tasks.cancel_scope.cancel()
+    for crash in rig.crashes:
+        raise crash
 
 
 class Bare:

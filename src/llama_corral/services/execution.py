@@ -167,13 +167,16 @@ class TaskExecution(RunHooks):
         if self.claim.deadline is not None:
             self._scope.deadline = anyio.current_time() + self.claim.deadline - self._host.now()
         with self._scope:
-            async with anyio.create_task_group() as self._tasks:
-                self._feed(self.claim.inbox)
-                if self._pull_again:  # a wake-up that was faster than the claim's answer
-                    self.wake()
-                await run.drive()
-                self._tasks.cancel_scope.cancel()
-        self._tasks = None
+            async with anyio.create_task_group() as tasks:
+                self._tasks = tasks
+                try:
+                    self._feed(self.claim.inbox)
+                    if self._pull_again:  # a wake-up that was faster than the claim's answer
+                        self.wake()
+                    await run.drive()
+                finally:
+                    self._tasks = None  # from here on the group may be closed at any moment
+                    tasks.cancel_scope.cancel()
         overdue = self._scope.cancelled_caught and self._ending is None
         if self._ending == "release" and self._failed_step is None and _was_closed(run):
             return None
