@@ -263,6 +263,13 @@ async def test_an_abandoned_stream_gives_its_connection_back(client: Client) -> 
     await task.wait()
 
 
+async def test_undeclared_fields_are_fields(client: Client) -> None:
+    task = await client.start("ticking", hold=True)
+    async with task.events() as events:
+        assert (await anext(events)).data == {"prefix": "Go on?"}
+    await task.cancel()
+
+
 async def test_a_cancelled_read_goes_on_where_it_was(client: Client) -> None:
     task = await client.start("ticking", events=2, hold=True)
     async with task.events() as events:

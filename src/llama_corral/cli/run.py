@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Final
 
 import anyio
@@ -27,6 +28,9 @@ from .output import (
 
 CANCEL_PATIENCE: Final = 10.0
 """Seconds that a task gets to end after Ctrl-C before the command leaves it to the server."""
+
+_ENDINGS: Final = ("StopEvent", "WorkflowFailedEvent", "WorkflowTimedOutEvent", "WorkflowCancelledEvent")
+"""Upstream's last events: the result, or the error, that follows says the same."""
 
 
 def register(app: typer.Typer) -> None:
@@ -53,19 +57,18 @@ def run(
     """
     start = values(arguments, text)
     options = {"session": session, "timeout": timeout}
-    raise typer.Exit(_on_trio(Command(url, token, as_json=as_json).run, service, start, options))
+    raise typer.Exit(_on_trio(lambda: Command(url, token, as_json=as_json).run(service, start, options)))
 
 
 def show_events(url: str, token: str | None, task_id: str, start: int, *, as_json: bool) -> int:
     """The command `corral events`."""
-    return _on_trio(Command(url, token, as_json=as_json).events, task_id, start)
+    return _on_trio(lambda: Command(url, token, as_json=as_json).events(task_id, start))
 
 
-def _on_trio(fn: Any, *args: Any) -> int:
+def _on_trio(fn: Callable[[], Awaitable[int]]) -> int:
     import_light()
     # Trio's threads end with the process, also one that still reads standard input.
-    code: int = anyio.run(fn, *args, backend="trio")
-    return code
+    return anyio.run(fn, backend="trio")
 
 
 def import_light() -> None:
@@ -125,7 +128,8 @@ class Command:
                 group.start_soon(self._ask, questions, name="questions")
                 async with task.events() as events:
                     async for event in events:
-                        self._show(event)
+                        if self._json or event.type not in _ENDINGS:
+                            self._show(event)
                         questions.saw(event)
             self._code = self._conclude(events.record, task.session_id)
 
@@ -175,7 +179,7 @@ class Command:
     def _show(self, event: Any) -> None:
         if self._json:
             print_line({"index": event.index, "type": event.type, "data": event.data})
-        elif event.type != "StopEvent":  # the result says the same
+        else:
             print_event(event.index, event.type, event.data)
 
     def _conclude(self, record: Any, session_id: str | None) -> int:

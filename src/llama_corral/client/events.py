@@ -21,7 +21,8 @@ from .urls import path_of
 
 @dataclass(frozen=True, slots=True)
 class TaskEvent:
-    """One event of a task. `index` counts from 0 without a gap; `type` names its class; `data` is its fields."""
+    """One event of a task. `index` counts from 0 without a gap; `type` names its class; `data` is its fields,
+    declared or not."""
 
     index: int
     type: str
@@ -146,7 +147,7 @@ class TaskEvents:
             return  # seen on the connection before
         if index > self._read:
             raise no_answer(self._http.url, f"event {self._read} of the stream is missing", sent=True)
-        self._pending.append(TaskEvent(index, frame.event, self._load(frame.data)))
+        self._pending.append(TaskEvent(index, frame.event, _fields(self._load(frame.data))))
         self._read = index + 1
         self._patience.progress()
 
@@ -162,3 +163,11 @@ class TaskEvents:
         except ValueError as error:
             raise not_ours(self._http.url, "an event is no JSON") from error
         return data if isinstance(data, dict) else {"value": data}
+
+
+def _fields(data: dict[str, Any]) -> dict[str, Any]:
+    """Upstream writes fields that an event's class does not declare below `_data`; to its reader they are fields."""
+    more = data.get("_data")
+    if not isinstance(more, dict):
+        return data
+    return {name: value for name, value in data.items() if name != "_data"} | more

@@ -166,12 +166,14 @@ def outcome(record: TaskResult, session_id: str | None = None) -> Any:
 
 
 def _why(record: TaskResult) -> str:
-    ended = f"the task {record.task_id} {record.status.replace('_', ' ')}"
+    verb = "was cancelled" if record.status == TaskStatus.CANCELLED else record.status.replace("_", " ")
+    ended = f"the task {record.task_id} {verb}"
     if record.error is None:
         return f"{ended}: {record.result}" if record.result else ended
     step = f" in step {record.error.step}" if record.error.step else ""
     if record.status != TaskStatus.FAILED:
-        return f"{ended}{step}: {record.error.message}"
+        # Who ended it, not the workflow, wrote this message, and often with the id in it.
+        return record.error.message if record.task_id in record.error.message else f"{ended}: {record.error.message}"
     return f"{ended}{step}: {record.error.type}: {record.error.message}"
 
 
