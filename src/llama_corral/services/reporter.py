@@ -72,9 +72,13 @@ class Reporter:
         self._sending = anyio.Lock()
         self._flushed = anyio.Event()
 
+    @property
+    def _not_stored(self) -> int:
+        return len(self._events) + (len(self._unanswered.events) if self._unanswered is not None else 0)
+
     def add(self, event: Event) -> None:
         """A published event. Callable from any library; raises TooLarge in the step that publishes too fast."""
-        if len(self._events) >= OVERFLOW:
+        if self._not_stored >= OVERFLOW:
             raise TooLarge(
                 f"task {self._claim.task_id} published {OVERFLOW} events faster than they can be stored",
                 hint="publish fewer events, or await something between them",
@@ -95,7 +99,7 @@ class Reporter:
 
     async def wait_room(self) -> None:
         """Return when no more than `BEHIND` events wait to be stored."""
-        while len(self._events) > BEHIND:
+        while self._not_stored > BEHIND:
             self.want_flush()
             await self._flushed.wait()
 
