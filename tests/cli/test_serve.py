@@ -149,8 +149,8 @@ def test_a_store_that_cannot_be_used(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "other.db") as other:
         other.execute("CREATE TABLE things (id)")
     refused(run("serve", HELLO, "--port", "0", "--store", "sqlite:///other.db", folder=tmp_path), "other.db")
-    refused(run("serve", HELLO, "--port", "0", "--store", "sqlite:///no/such/folder.db", folder=tmp_path), "folder")
-    refused(run("serve", HELLO, "--port", "0", "--store", "nonsense", folder=tmp_path), "nonsense")
+    refused(run("serve", HELLO, "--port", "0", "--store", "sqlite:///no/such.db", folder=tmp_path), "does not exist")
+    refused(run("serve", HELLO, "--port", "0", "--store", "nonsense", folder=tmp_path), "sqlite:///")
     with serving(tmp_path, HELLO) as (process, _):
         refused(run("serve", HELLO, "--port", "0", folder=tmp_path), str(process.pid))
 
@@ -180,7 +180,7 @@ def test_demo_on_given_files(tmp_path: Path) -> None:
     (texts / "one.txt").write_text(
         "Llamas graze on the high plain. A herd keeps together. The herd follows the leader."
     )
-    (texts / "two.bin").write_bytes(bytes(range(256)))
+    (texts / "two.txt").write_bytes(bytes(range(256)))
     done = run("demo", str(texts), "--sentences", "2", folder=tmp_path, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "one.txt" in done.stdout

@@ -35,8 +35,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_modules_files_names_and_classes() -> None:
+    here = Path.cwd() / "targets_app.py"
     loaded = load_targets(["targets_app:fine", "other=targets_app.py:fine", "made=targets_app:Fine"])
     assert list(loaded) == ["fine", "other", "made"]
+    assert list(load_targets([f"{here}:fine"])) == ["fine"]
     assert {type(workflow).__name__ for workflow in loaded.values()} == {"HelloWorkflow"}
     assert loaded["fine"] is loaded["other"]
 

@@ -41,7 +41,7 @@ def _load(target: str) -> tuple[str, Any]:
     where, colon, attribute = place.rpartition(":")
     if not colon or not where or not attribute or (separator and not named):
         raise TargetError(f"{target!r} is no target", hint=_HINT)
-    if "/" in named or named != named.strip():
+    if separator and ("/" in named or named != named.strip()):
         raise TargetError(f"{named!r} is no name for a service", hint="it has no slash and no blank around it")
     module = _import_file(where) if where.endswith(".py") else _import_module(where)
     value: Any = module
