@@ -7,13 +7,14 @@ import time
 import anyio
 import pytest
 from workflows import Context, Workflow, step
+from workflows.errors import WorkflowCancelledByUser, WorkflowTimeoutError
 from workflows.events import StartEvent, StopEvent
 
 from llama_corral.exceptions import NotFound
 from llama_corral.protocol.records import ClaimRequest
 
 from .flows import Asks, Probed, WaitsFor
-from .rig import PATIENCE, Probe, living_tasks
+from .rig import PATIENCE, Probe, living_tasks, open_rig, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.promise("P1", "P6")]
 
@@ -32,7 +33,7 @@ async def test_a_working_task(rig, record_property):
     print(f"the step saw its cancellation after {(time.perf_counter() - asked) * 1e3:.2f} ms")
     record = await rig.result(task_id)
     assert (record.status, record.error.type, record.result) == ("cancelled", "TaskCancelled", None)
-    assert [event.type for event in await rig.events(task_id)][0] == "Progress"
+    assert next(event.type for event in await rig.events(task_id)) == "Progress"
     await anyio.wait_all_tasks_blocked()
     assert not service.executions
     assert living_tasks() - before == set()
@@ -132,8 +133,6 @@ async def test_the_workflows_own_timeout(rig):
 
 
 async def test_a_timeout_that_a_step_raises_is_a_failure(rig):
-    from workflows.errors import WorkflowCancelledByUser, WorkflowTimeoutError
-
     class Parent(Workflow):
         @step
         async def work(self, ev: StartEvent) -> StopEvent:
@@ -173,9 +172,7 @@ async def test_a_fenced_run_reports_nothing(rig):
     claim = await rig.store.claim(ClaimRequest(task_id, "another", "n", 0))
     assert claim.epoch == 2
     probe.open(1)
-    with anyio.fail_after(PATIENCE):
-        while service.executions:
-            await anyio.wait_all_tasks_blocked()
+    await until(lambda: not service.executions)
     record = await rig.plane.get_task(task_id)
     assert (record.status, record.owner) == ("running", "another")
     assert service.statistics().working == 0
@@ -183,8 +180,6 @@ async def test_a_fenced_run_reports_nothing(rig):
 
 @pytest.mark.promise("P2")
 async def test_a_heartbeat_finds_what_is_not_ours(anyio_backend, flavour, nothing_left):
-    from .rig import open_rig
-
     async with open_rig(flavour, heartbeat_interval=0.02) as rig:
         probe = Probe()
         service = await rig.serve(Probed(probe))
@@ -203,6 +198,4 @@ async def test_a_heartbeat_finds_what_is_not_ours(anyio_backend, flavour, nothin
         assert (await rig.result(other)).status == "cancelled"
         # And an instance that was forgotten registers again.
         await rig.store.delete_instance(service.instance_id)
-        with anyio.fail_after(PATIENCE):
-            while not await rig.store.list_instances():
-                await anyio.sleep(0.005)
+        await until(rig.store.list_instances)

@@ -121,7 +121,9 @@ async def test_sync_steps_stream_and_fail(rig):
 
 
 @pytest.mark.promise("P1")
-@pytest.mark.parametrize("what", [object(), math.nan, {"a": object()}, "\ud800"], ids=["object", "nan", "nested", "surrogate"])
+@pytest.mark.parametrize(
+    "what", [object(), math.nan, {"a": object()}, "\ud800"], ids=["object", "nan", "nested", "surrogate"]
+)
 async def test_an_event_that_cannot_be_encoded_is_a_clear_record(rig, what):
     class Streams(Workflow):
         @step
@@ -205,7 +207,9 @@ async def test_a_result_that_knows_no_json_is_its_text(rig):
 
 
 @pytest.mark.promise("P1")
-@pytest.mark.parametrize("error", [ValueError("\ud800 text"), Secret(), KeyError("key"), BaseExceptionGroup("g", [ValueError("x")])])
+@pytest.mark.parametrize(
+    "error", [ValueError("\ud800 text"), Secret(), KeyError("key"), BaseExceptionGroup("g", [ValueError("x")])]
+)
 @pytest.mark.parametrize("debug", [False, True])
 async def test_errors_whose_text_is_odd(rig, error, debug):
     class Raises(Workflow):

@@ -11,7 +11,7 @@ from llama_corral.exceptions import UsageError
 from llama_corral.protocol import topics
 
 from .flows import Asks, WaitsFor
-from .rig import PATIENCE, Probe
+from .rig import PATIENCE, Probe, until
 
 pytestmark = pytest.mark.anyio
 
@@ -80,9 +80,7 @@ async def test_a_wake_up_is_not_lost_behind_an_event_that_nothing_takes(rig):
     task_id = await rig.submit()
     await rig.wait_status(task_id, "waiting")
     await rig.plane.send_event(task_id, '{"type": "InputRequiredEvent", "value": {}}')
-    with anyio.fail_after(PATIENCE):
-        while not slow.pulls:
-            await anyio.wait_all_tasks_blocked()
+    await until(lambda: slow.pulls)
     await rig.answer(task_id, "heard")
     await anyio.wait_all_tasks_blocked()
     slow.go.set()

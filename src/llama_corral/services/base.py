@@ -93,7 +93,7 @@ class BaseService(ABC):
         """
         self._control_plane_url = control_plane_url.rstrip("/")
         answer = await self._ask("POST", "/services/register", json=self.service_definition.model_dump())
-        self._topic_namespace = str(answer.get("topic_namespace") or self._topic_namespace)
+        self._topic_namespace = str((answer or {}).get("topic_namespace") or self._topic_namespace)
 
     async def deregister_from_control_plane(self) -> None:
         """Take the service off the control plane's list. Raises as `register_to_control_plane` does."""
@@ -113,7 +113,7 @@ class BaseService(ABC):
             state = await self._ask("GET", f"/sessions/{session_id}/state")
         except NotFound:
             return None
-        return dict(state)
+        return dict(state or {})
 
     async def update_session_state(self, session_id: str, state: dict[str, Any]) -> None:
         """Update keys of a session's user state: those that are given, and no others."""
@@ -134,7 +134,10 @@ class BaseService(ABC):
             raise Unavailable(f"the control plane answered {response.status_code} to {method} {path}")
         if response.status_code >= 400:
             raise BadInput(f"the control plane refused {method} {path}: {response.text[:200]}")
-        return response.json()
+        try:
+            return response.json() if response.content else None
+        except ValueError as exc:
+            raise Unavailable(f"{self._control_plane_url} does not answer as a control plane: {exc}") from exc
 
     @asynccontextmanager
     async def _open_client(self) -> AsyncIterator[httpx.AsyncClient]:

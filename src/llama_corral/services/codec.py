@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 import pydantic
 import pydantic_core
@@ -36,7 +36,7 @@ class WorkflowCodec:
         self._serializer = JsonSerializer(allowed_types=_without_clashes(self._types))
         self._events: dict[str, type[Event]] = {}
         for cls in self._types:
-            if issubclass(cls, Event):
+            if _comes_from_outside(cls):
                 self._events.setdefault(cls.__name__, cls)
                 self._events[f"{cls.__module__}.{cls.__name__}"] = cls
                 self._events[f"{cls.__module__}.{cls.__qualname__}"] = cls
@@ -53,13 +53,11 @@ class WorkflowCodec:
         cls: type[StartEvent] = self._workflow.start_event_class
         try:
             return cls(**arguments)
-        except pydantic.ValidationError as exc:
+        except Exception as exc:  # ValidationError, and what validators of the user's let through
             raise BadInput(
                 f"the workflow refuses its start arguments: {_first_error(exc)}",
                 hint=f"{cls.__name__} takes: {_fields(cls)}",
             ) from exc
-        except TypeError as exc:
-            raise BadInput(f"the workflow refuses its start arguments: {exc}") from exc
 
     def start_schema(self) -> str | None:
         """The JSON schema of the start event, None where pydantic cannot make one."""
@@ -71,7 +69,7 @@ class WorkflowCodec:
         """JSON text of `[{"name", "qualified_name", "schema"}]`: the events that can be sent from outside."""
         described: dict[str, dict[str, Any]] = {}
         for cls in self._types:
-            if issubclass(cls, Event) and not issubclass(cls, (StartEvent, StopEvent)):
+            if _comes_from_outside(cls):
                 name = f"{cls.__module__}.{cls.__name__}"
                 schema = _schema(cls)
                 described[name] = {
@@ -85,11 +83,12 @@ class WorkflowCodec:
         """An event from upstream's serialization, or from `{"type": NAME, "value": {...}}`.
 
         Raises:
-            BadInput: not JSON, no event, a type that is not allowed, or fields that the type refuses.
+            BadInput: not JSON, no event, a type that is not allowed (start and stop events are not: a run is started and
+                ended by other means), or fields that the type refuses.
         """
         try:
             data = json.loads(payload)
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise BadInput(f"the event is not JSON: {exc}") from exc
         name, value = _name_and_value(data)
         cls = self._events.get(name)
@@ -103,9 +102,8 @@ class WorkflowCodec:
             )
         try:
             return cls.model_validate(value)
-        except (pydantic.ValidationError, TypeError) as exc:
-            detail = _first_error(exc) if isinstance(exc, pydantic.ValidationError) else str(exc)
-            raise BadInput(f"{cls.__name__} refuses its fields: {detail}") from exc
+        except Exception as exc:  # ValidationError, and what validators of the user's let through
+            raise BadInput(f"{cls.__name__} refuses its fields: {_first_error(exc)}") from exc
 
     def canonical_event(self, payload: str) -> str:
         """The event as upstream's serializer writes it, after `decode_event` has accepted it."""
@@ -223,7 +221,13 @@ def _schema(cls: type[pydantic.BaseModel]) -> str | None:
         return None
 
 
-def _first_error(exc: pydantic.ValidationError) -> str:
+def _comes_from_outside(cls: type[Any]) -> TypeGuard[type[Event]]:
+    return issubclass(cls, Event) and not issubclass(cls, (StartEvent, StopEvent))
+
+
+def _first_error(exc: Exception) -> str:
+    if not isinstance(exc, pydantic.ValidationError):
+        return f"{type(exc).__name__}: {exc}"
     first = exc.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"{where}: {first['msg']}" if where else first["msg"]
