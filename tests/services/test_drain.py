@@ -149,6 +149,7 @@ async def test_state_that_is_not_json_starts_the_task_again(rig):
     await rig.wait_status(task_id, "waiting")
     await rig.stop(service)
     await rig.serve(Odd())
+    await until(lambda: len(starts) == 2)  # an answer that is there at the start may end the run before it asks
     await rig.answer(task_id)
     assert (await rig.result(task_id)).result == '"yes"'
     assert len(starts) == 2

@@ -28,14 +28,13 @@ from workflows import Context, Workflow
 from ..abc import Coordinator, MessageQueue, Reservation
 from ..aio import open_asyncio_loop
 from ..exceptions import BadInput, CorralError, NotFound, TooManyTasks, Unavailable
-from ..protocol.messages import ActionTypes, QueueMessage, ServiceDefinition, TaskDefinition, new_id
+from ..protocol.messages import ActionTypes, QueueMessage, TaskDefinition
 from ..protocol.records import Claim, ContextUpdate, ServiceInfo, Ticket
-from ..queues.consumers import BaseMessageQueueConsumer, CallableMessageConsumer, RemoteMessageConsumer
 from ..runtime import RunOptions, Slot, StepFlavour, workflow_fingerprint
 from ..supervision import SupportGroup, open_support_group
-from .base import BaseService
 from .codec import WorkflowCodec
 from .config import WorkflowServiceConfig
+from .configured import ConfiguredService, Latch
 from .execution import TaskExecution
 from .intake import Intake, keep_consuming
 from .queue_coordinator import PublishCallback, QueueCoordinator, read_definition
@@ -62,7 +61,7 @@ class ServiceStatistics:
     ready: int
 
 
-class WorkflowService(BaseService):
+class WorkflowService(ConfiguredService):
     """Runs a workflow for whoever sends it tasks.
 
     Without a coordinator it behaves on a bare message queue as the original did: NEW_TASK and SEND_EVENT messages in,
@@ -95,29 +94,22 @@ class WorkflowService(BaseService):
         control_plane_url: str | None = None,
         token: SecretStr | None = None,
     ) -> None:
-        super().__init__(config.service_name, control_plane_url, token)
+        super().__init__(message_queue, config, publish_callback, control_plane_url=control_plane_url, token=token)
         self.workflow = workflow
-        self.config = config
         self.codec = WorkflowCodec(workflow, types)
         self.fingerprint = workflow_fingerprint(workflow)
         self.run_options = RunOptions(flavour=step_flavour, event_buffer=0)
         self.debug = debug
         self.drain_timeout = drain_timeout
-        self.instance_id = new_id()
-        self._message_queue = message_queue
-        self._publisher_id = f"{type(self).__qualname__}-{self.instance_id}"
-        self._publish_callback = publish_callback
         self._bare: QueueCoordinator | None = None
         if coordinator is None:
             coordinator = self._bare = QueueCoordinator(
                 message_queue, publisher_id=self._publisher_id, publish_callback=publish_callback
             )
         self._coordinator = coordinator
-        self._port: int | None = None
-
         self._capacity: float = config.max_concurrent_tasks
         self._executions: dict[str, TaskExecution] = {}
-        self._stop = _Latch()
+        self._stop = Latch()
         self._running = False
         self._draining = False
         self._over = False
@@ -131,30 +123,9 @@ class WorkflowService(BaseService):
     # What it is
 
     @property
-    def service_definition(self) -> ServiceDefinition:
-        return ServiceDefinition(
-            service_name=self.config.service_name,
-            description=self.config.description,
-            host=self.config.host,
-            port=self._port if self._port is not None else self.config.port,
-        )
-
-    @property
-    def message_queue(self) -> MessageQueue:
-        return self._message_queue
-
-    @property
     def coordinator(self) -> Coordinator:
         """Who decides for this service."""
         return self._coordinator
-
-    @property
-    def publisher_id(self) -> str:
-        return self._publisher_id
-
-    @property
-    def publish_callback(self) -> PublishCallback | None:
-        return self._publish_callback
 
     @property
     def capacity(self) -> float:
@@ -193,16 +164,6 @@ class WorkflowService(BaseService):
             "type": "workflow_service",
         }
 
-    def as_consumer(self, remote: bool = False) -> BaseMessageQueueConsumer:
-        if remote:
-            url = f"{self._own_url()}/process_message"
-            return RemoteMessageConsumer(self.publisher_id, url, self.service_name, token=self._token)
-        return CallableMessageConsumer(self.publisher_id, self.service_name, self.process_message)
-
-    def _own_url(self) -> str:
-        port = self._port if self._port is not None else self.config.port
-        return f"{'https' if self.config.use_tls else 'http'}://{self.config.host}:{port}"
-
     # What a decider in this process may ask (LocalService)
 
     def check_start(self, arguments: Mapping[str, Any]) -> None:
@@ -221,18 +182,10 @@ class WorkflowService(BaseService):
 
     # Running
 
-    async def launch_local(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        logger.info("launching %s in this process", self.service_name)
-        await self.processing_loop(task_status=task_status)
-
     async def launch_server(self, *, task_status: anyio.abc.TaskStatus[str] = anyio.TASK_STATUS_IGNORED) -> None:
         from .app import serve_service  # HTTP needs Trio and a web stack: only who serves pays for them
 
         await serve_service(self, task_status=task_status)
-
-    def bound_to(self, port: int) -> None:
-        """Note the port that the service's own server really listens on."""
-        self._port = port
 
     def stop(self) -> None:
         """Take nothing more, drain, and let `processing_loop` return. Returns at once; repeating it is harmless."""
@@ -473,25 +426,3 @@ class WorkflowService(BaseService):
         """The context as it is stored with the task's ending, based on the version that the claim came with."""
         based_on = claim.context.version if claim.context is not None else 0
         return ContextUpdate(based_on, self.codec.encode_context(ctx), self.fingerprint)
-
-
-class _Latch:
-    """An event that can be set and asked outside of any event loop."""
-
-    def __init__(self) -> None:
-        self._set = False
-        self._event: anyio.Event | None = None
-
-    def is_set(self) -> bool:
-        return self._set
-
-    def set(self) -> None:
-        self._set = True
-        if self._event is not None:
-            self._event.set()
-
-    async def wait(self) -> None:
-        """Return when the latch is set."""
-        while not self._set:
-            self._event = anyio.Event()
-            await self._event.wait()
