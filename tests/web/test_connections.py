@@ -13,6 +13,7 @@ import struct
 import httpx
 import pytest
 import trio
+import trio.testing
 
 from llama_corral.web import door
 
@@ -74,6 +75,46 @@ async def test_no_descriptors_are_left_behind(make_app, running, hot):
                 await client.ask("GET", "/ok", Connection="close")
                 await client.eof()
         assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+async def test_connections_that_clients_closed_are_not_kept_until_they_are_idle_for_too_long(make_app, running, hot):
+    async with running(make_ok(make_app, hot, keep_alive_timeout=60)) as server:
+        await server.ask("GET", "/ok", Connection="close")
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            await server.ask("GET", "/ok")
+        while len(os.listdir("/proc/self/fd")) > before:
+            await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_head_and_body_of_an_answer_are_one_write(make_app, running, hot):
+    async with running(make_ok(make_app, hot)) as server, server.connect() as client:
+        for _ in range(5):
+            await client.request("GET", "/ok")
+            answer = await client.stream.receive_some()
+            assert answer.startswith(b"HTTP/1.1 200")
+            assert answer.endswith(b'\r\n\r\n"ok"')
+
+
+@pytest.mark.parametrize("path", ["/ok", "/nowhere"])
+async def test_the_answer_to_a_head_request_ends(make_app, running, path):
+    async with running(make_ok(make_app, False)) as server, server.connect() as client:
+        for _ in range(2):
+            await client.request("HEAD", path)
+            assert (await client.head()).status == (200 if path == "/ok" else 404)
+
+
+async def test_a_busy_connection_is_not_idle(make_app, running, hot):
+    app = make_app(keep_alive_timeout=0.05)
+
+    async def slow() -> str:
+        await trio.sleep(0.2)
+        return "ok"
+
+    app.add("GET", "/slow", slow, hot=hot)
+    async with running(app) as server, server.connect() as client:
+        assert (await client.ask("GET", "/slow")).body == b'"ok"'
+        await client.eof()
 
 
 def upload(size: int, chunked: bool, path: str = "/ok", expect: bool = False) -> tuple[str, bytes]:

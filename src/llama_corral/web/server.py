@@ -1,4 +1,4 @@
-"""Serving an app with Hypercorn's Trio worker: bind, report the URLs, stop in order."""
+"""Serving an app over Hypercorn's protocols: bind, report the URLs, stop in order."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any
 
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
-from hypercorn.config import Config, Sockets
-from hypercorn.trio.run import worker_serve
+from hypercorn.config import Config
+from hypercorn.utils import repr_socket_addr
 
 from ..exceptions import AddressError, SetupError
 from ..settings import ServerSettings
 from ..supervision import StopEvent
 from .app import WebApp
+from .connections import Listener, serve_connections
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 1024
 
 
-async def serve(  # noqa: ASYNC128 - Hypercorn calls started()
+async def serve(  # noqa: ASYNC128 - serve_connections calls started()
     app: WebApp,
     settings: ServerSettings,
     *,
@@ -44,12 +45,10 @@ async def serve(  # noqa: ASYNC128 - Hypercorn calls started()
     if not trio.lowlevel.in_trio_task():
         raise SetupError("an HTTP server needs the Trio backend", hint="run it with anyio.run(main, backend='trio')")
     config = _make_config(settings)
-    _check_tls(config)
-    listener = await _bind(settings)
-    sockets = Sockets([], [], [])
-    (sockets.secure_sockets if config.ssl_enabled else sockets.insecure_sockets).append(listener)
+    tls = _tls(config)
+    bound = await _bind(settings)
 
-    async def shutdown_trigger() -> None:
+    async def wait_stop() -> None:
         if stop is None:
             await trio.sleep_forever()
         else:
@@ -58,12 +57,16 @@ async def serve(  # noqa: ASYNC128 - Hypercorn calls started()
         app.drain.set()
         await trio.sleep(settings.readiness_delay)
 
-    with listener:
-        await worker_serve(
+    plain = trio.SocketListener(trio.socket.from_stdlib_socket(bound))
+    url = f"{'http' if tls is None else 'https'}://{repr_socket_addr(bound.family, bound.getsockname())}"
+    listener: Listener = plain if tls is None else trio.SSLListener(plain, tls, https_compatible=True)
+    with bound:
+        await serve_connections(
             ASGIWrapper(app),  # type: ignore[arg-type]
             config,
-            sockets=sockets,
-            shutdown_trigger=shutdown_trigger,
+            listener,
+            url,
+            wait_stop=wait_stop,
             task_status=task_status,
         )
 
@@ -84,9 +87,9 @@ def _make_config(settings: ServerSettings) -> Config:
     return config
 
 
-def _check_tls(config: Config) -> None:
+def _tls(config: Config) -> ssl.SSLContext | None:
     try:
-        config.create_ssl_context()
+        return config.create_ssl_context()
     except (OSError, ssl.SSLError) as error:
         raise SetupError(
             f"the TLS certificate or key cannot be used: {error}", hint="check tls_cert and tls_key (PEM files)"
