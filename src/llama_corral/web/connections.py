@@ -57,7 +57,7 @@ async def serve_connections(
                     accepting.cancel_scope.cancel()
             finally:
                 connections.cancel_scope.deadline = trio.current_time() + config.graceful_timeout
-                await context.terminated.set()  # sets an event; does not wait
+                await context.terminated.set()  # noqa: ASYNC102 - sets an event; does not wait
         await lifespan.wait_for_shutdown()
         lifespan_nursery.cancel_scope.cancel()
 
