@@ -14,7 +14,7 @@ from llama_corral.supervision import Backoff
 from llama_corral.testing import FaultyMessageQueue
 
 from .flows import Asks, Counter, Echo, Probed
-from .rig import PATIENCE, Probe
+from .rig import PATIENCE, Probe, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.promise("P1", "P2")]
 
@@ -78,8 +78,7 @@ async def test_a_claim_is_asked_again_and_its_ticket_survives(rig, flaky, when, 
     record = await rig.run()
     assert (record.status, record.result, record.epoch) == ("completed", "1", 1)
     assert flaky.calls["claim"] == failures + 1
-    await anyio.wait_all_tasks_blocked()
-    assert service.statistics().working == 0
+    await until(lambda: not service.statistics().working)
     assert rig.queue.statistics()["open"]["test.svc"] == 0
 
 

@@ -13,7 +13,7 @@ from workflows import Context, Workflow, step
 from workflows.events import Event, StartEvent, StopEvent
 
 from .flows import Echo, Progress
-from .rig import Probe
+from .rig import Probe, until
 
 pytestmark = pytest.mark.anyio
 
@@ -116,8 +116,7 @@ async def test_sync_steps_stream_and_fail(rig):
     for task_id in tasks:
         numbers = [json.loads(event.payload).get("n") for event in await rig.events(task_id)]
         assert numbers[:20] == list(range(20))
-    await anyio.wait_all_tasks_blocked()
-    assert service.statistics().working == 0
+    await until(lambda: not service.statistics().working)
 
 
 @pytest.mark.promise("P1")

@@ -43,7 +43,7 @@ async def test_a_hundred_waiting_runs_leave_room_for_new_ones(rig, cap, workflow
     for task_id in waiting:
         assert task_id in (await rig.result(task_id)).result
     assert probe.peak <= cap
-    await anyio.wait_all_tasks_blocked()
+    await until(lambda: not service.executions and not service.statistics().working)
     assert_no_slot_is_left(service, service._limiter)
 
 
@@ -170,5 +170,5 @@ async def test_answers_timeouts_and_cancellations_in_any_order(rig, cap, seed):
     assert set(endings) <= {"completed", "cancelled"}
     assert probe.peak <= cap
     assert probe.working == 0
-    await anyio.wait_all_tasks_blocked()
+    await until(lambda: not service.executions and not service.statistics().working)
     assert_no_slot_is_left(service, service._limiter)
