@@ -284,3 +284,28 @@ async def test_asyncios_own_cancellation_of_the_caller(configuration, how):
         with pytest.raises(asyncio.CancelledError):
             await task
     assert workflow.cleaned == 1
+
+
+class BrokenCleanUp(Workflow):
+    @step
+    async def work(self, ev: StartEvent) -> StopEvent:
+        async def child():
+            try:
+                await anyio.sleep_forever()
+            finally:
+                raise LookupError("the clean-up broke")
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(child)
+            await anyio.sleep_forever()
+        return StopEvent()
+
+
+async def test_a_cancelled_step_whose_children_fail_to_clean_up(anyio_backend):
+    async with open_run(BrokenCleanUp(timeout=None)) as run:
+        await anyio.wait_all_tasks_blocked()
+        run.cancel()
+        with pytest.raises(WorkflowCancelledByUser):
+            await run.result()
+    async with open_run(BrokenCleanUp(timeout=None)):
+        await anyio.wait_all_tasks_blocked()

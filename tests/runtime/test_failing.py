@@ -8,7 +8,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 from workflows import Context, Workflow, catch_error, step
-from workflows.errors import WorkflowTimeoutError
+from workflows.errors import WorkflowRuntimeError, WorkflowTimeoutError
 from workflows.events import Event, StartEvent, StepFailedEvent, StopEvent, WorkflowFailedEvent
 from workflows.retry_policy import retry_policy, stop_after_attempt, wait_fixed
 
@@ -144,3 +144,40 @@ class InParallel(Workflow):
 async def test_errors_of_several_steps_at_once_are_one_error(flavour):
     with pytest.raises(ConnectionError, match="all at once"):
         await run_workflow(InParallel(), flavour=flavour)
+
+
+class Custom(BaseException):
+    pass
+
+
+class Exits(Workflow):
+    @step
+    async def exits(self, ev: StartEvent) -> StopEvent:
+        await anyio.lowlevel.checkpoint()
+        raise ev.error
+
+
+class ExitsInThread(Workflow):
+    @step
+    def exits(self, ev: StartEvent) -> StopEvent:
+        raise ev.error
+
+
+@pytest.mark.promise("P1")
+@pytest.mark.parametrize(
+    "make", [lambda: SystemExit(3), lambda: Custom("odd"), lambda: BaseExceptionGroup("one", [SystemExit()])]
+)
+@pytest.mark.parametrize("workflow", [Exits, ExitsInThread])
+async def test_what_is_no_exception_fails_the_run_and_nothing_else(flavour, workflow, make):
+    error = make()
+    async with open_run(workflow(), flavour=flavour, error=error) as run:
+        with pytest.raises(WorkflowRuntimeError, match=f"'exits' raised {type(error).__name__}: ") as caught:
+            await run.result()
+        assert caught.value.__cause__ is error
+        assert [type(event) async for event in run.events()] == [WorkflowFailedEvent]
+
+
+@pytest.mark.parametrize("configuration", ["trio-anyio"])  # asyncio gives it to its loop, not to the step
+async def test_ctrl_c_in_a_step_ends_the_program():
+    with pytest.RaisesGroup(KeyboardInterrupt, flatten_subgroups=True):
+        await run_workflow(Exits(), error=KeyboardInterrupt())

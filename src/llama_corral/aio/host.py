@@ -152,11 +152,14 @@ async def call_asyncio(fn: Callable[..., Awaitable[T]], *args: Any) -> T:
     loop = _owning_loop()
     if loop is None:
         raise RuntimeError("no asyncio loop: open one with llama_corral.aio.open_asyncio_loop() around this block")
+    exits: list[SystemExit] = []
     try:
-        result: T = await loop.run_aio_coroutine(_with_owned_tasks(fn, args))
+        result: T = await loop.run_aio_coroutine(_with_owned_tasks(fn, args, exits))
     except asyncio.CancelledError as exc:
         # Not Trio's cancellation: that would have come as trio.Cancelled.
         raise SelfCancelled("the asyncio code cancelled itself") from exc  # noqa: ASYNC104
+    if exits:
+        raise exits[0]
     return result
 
 
@@ -189,11 +192,16 @@ async def _await_here(fn: Callable[..., Awaitable[T]], args: tuple[Any, ...]) ->
         raise
 
 
-async def _with_owned_tasks(fn: Callable[..., Awaitable[T]], args: tuple[Any, ...]) -> T:
+async def _with_owned_tasks(
+    fn: Callable[..., Awaitable[T]], args: tuple[Any, ...], exits: list[SystemExit]
+) -> T | None:
     owned: set[asyncio.Task[Any]] = set()
     _owned.set(owned)  # the context is this task's own copy, so there is nothing to reset
     try:
         return await fn(*args)
+    except SystemExit as exc:
+        exits.append(exc)  # it is the caller's: out of an asyncio task it would end the loop, and every call with it
+        return None
     finally:
         if owned:
             await _end_orphans(owned)  # noqa: ASYNC102 -- bounded, and it goes on when it is cancelled

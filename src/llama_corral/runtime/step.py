@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 
 from ..aio import SelfCancelled, call_asyncio, call_native
@@ -63,7 +64,7 @@ class StepCall:
 async def call_step(call: StepCall) -> list[StepWorkerOutput]:
     """Run the step and return what the broker is to make of it. Exceptions of the step are part of that.
 
-    Cancellation passes through. A sync step runs in a worker thread and is abandoned on cancellation.
+    Cancellation and Ctrl-C pass through. A sync step runs in a worker thread and is abandoned on cancellation.
     """
     returns = Returns(return_values=[])
     step_context = StepWorkerContext(
@@ -97,9 +98,32 @@ async def call_step(call: StepCall) -> list[StepWorkerOutput]:
         error = SelfCancelled(f"step {call.spec.name!r} ended with a cancellation that nobody asked for")
         error.__cause__ = exc
         returns.return_values.append(StepWorkerFailed(exception=error, failed_at=call.now()))
+    except BaseException as exc:  # what is left would end everybody else's runs too
+        if _ends_the_program(exc):
+            raise
+        failed_at = call.now()
+        # The group of a nursery that was cancelled and whose clean-up failed: it ends as cancelled. Trio would take its
+        # cancellation out and raise the rest out of the run.
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        returns.return_values.append(StepWorkerFailed(exception=_as_error(exc, call), failed_at=failed_at))
     finally:
         step_context.sends.closed = True
     return [*returns.return_values, *step_context.sends.entries]
+
+
+def _ends_the_program(exc: BaseException) -> bool:
+    """Whether it is not the step's own: Ctrl-C, or the end of its coroutine."""
+    if isinstance(exc, BaseExceptionGroup):
+        return exc.subgroup((KeyboardInterrupt, GeneratorExit)) is not None
+    return isinstance(exc, (KeyboardInterrupt, GeneratorExit))
+
+
+def _as_error(exc: BaseException, call: StepCall) -> Exception:
+    """sys.exit() in a step, and whatever else is no Exception, as one that fails the step."""
+    text = f": {exc}" if str(exc) else ""
+    error = WorkflowRuntimeError(f"step {call.spec.name!r} raised {type(exc).__name__}{text}")
+    error.__cause__ = exc
+    return error
 
 
 async def _invoke(call: StepCall) -> Any:
