@@ -32,7 +32,7 @@ Operation = Generator[bytes, "Answer", None]
 ANSWER_TIMEOUT = 30.0
 
 
-class WrongAnswer(Exception):  # noqa: N818 - it is the answer that is at fault
+class WrongAnswer(Exception):
     """An answer that is not what a working server says."""
 
 

@@ -31,7 +31,7 @@ ORPHAN_GRACE = 5.0
 """Seconds that a task left behind by a call may take to unwind after its cancellation."""
 
 
-class SelfCancelled(RuntimeError):  # noqa: N818 -- it says what happened
+class SelfCancelled(RuntimeError):
     """A call ended with asyncio.CancelledError although nobody had cancelled it."""
 
 

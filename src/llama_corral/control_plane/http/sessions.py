@@ -31,7 +31,7 @@ class SessionRoutes:
         routes.add("GET", "/sessions/{session_id}", self.get_session)
         routes.add("PUT", "/sessions/{session_id}", self.get_or_create_session, returns=SessionDefinition)
         routes.add("POST", "/sessions/{session_id}/delete", self.delete_session)
-        routes.add("POST", "/sessions/{session_id}/tasks", self.add_task_to_session)
+        routes.add("POST", "/sessions/{session_id}/tasks", self.add_task_to_session, hot=True)
         routes.add("GET", "/sessions/{session_id}/tasks", self.get_session_tasks, returns=list[TaskDefinition])
         routes.add("GET", "/sessions/{session_id}/current_task", self.get_current_task)
         routes.add("GET", "/sessions/{session_id}/state", self.get_session_state)

@@ -29,14 +29,14 @@ class TaskRoutes:
 
     def routes(self) -> list[Routes]:
         sessions, tasks = Routes(tag="Sessions"), Routes(tag="Tasks")
-        sessions.add("GET", f"{BY_SESSION}/result", self.get_task_result)
+        sessions.add("GET", f"{BY_SESSION}/result", self.get_task_result, hot=True)
         sessions.add("GET", f"{BY_SESSION}/result_stream", self.get_task_result_stream, media_type=NDJSON_CONTENT_TYPE)
         sessions.add("GET", f"{BY_SESSION}/events", self.get_session_task_events, media_type=SSE_CONTENT_TYPE)
         sessions.add("POST", f"{BY_SESSION}/send_event", self.send_event)
         sessions.add("POST", f"{BY_SESSION}/cancel", self.cancel_session_task, status=202)
         tasks.add("GET", "/tasks", self.list_tasks)
         tasks.add("GET", BY_ID, self.get_task)
-        tasks.add("GET", f"{BY_ID}/result", self.get_result)
+        tasks.add("GET", f"{BY_ID}/result", self.get_result, hot=True)
         tasks.add("GET", f"{BY_ID}/events", self.get_task_events, media_type=SSE_CONTENT_TYPE)
         tasks.add("POST", f"{BY_ID}/send_event", self.send_event_to_task)
         tasks.add("POST", f"{BY_ID}/cancel", self.cancel_task, status=202)
