@@ -139,6 +139,9 @@ def test_no_more_input(corral: Corral, server: str) -> None:
         (("run", "hello", "--url", "http://me:secret@host"), 2, "user or a password"),
         (("status", "--url", "http://127.0.0.1:1"), 1, "no answer from http://127.0.0.1:1"),
         (("run", "hello", "--url", "http://127.0.0.1:1"), 1, "no answer from http://127.0.0.1:1"),
+        (("events", "task", "--url", "http://127.0.0.1:1"), 1, "no answer from http://127.0.0.1:1"),
+        (("run", "hello", "--token", "a\nb"), 2, "no header can carry"),
+        (("status", "--token", "a\nb"), 2, "no header can carry"),
     ],
 )
 def test_an_error_is_one_line(corral: Corral, server: str, arguments: tuple[str, ...], code: int, says: str) -> None:
@@ -157,6 +160,7 @@ def test_tokens(corral: Corral, locked_url: str, monkeypatch: pytest.MonkeyPatch
         assert refused.code == 2
         assert "token is missing" in refused.err
         assert corral(*command, "--token", "wrong").code == 2
+        assert corral(*command, "--token", "sesäme").code == 2
         assert corral(*command, "--token", "sesame").code == 0
     monkeypatch.setenv("CORRAL_TOKEN", "sesame")
     assert corral("status").code == 0

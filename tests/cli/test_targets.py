@@ -27,6 +27,7 @@ class Picky(type(fine)):
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "targets_app.py").write_text(APP)
     (tmp_path / "targets_broken.py").write_text("raise RuntimeError('on purpose')\n")
+    (tmp_path / "targets_exits.py").write_text("raise SystemExit(3)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
@@ -50,6 +51,10 @@ def test_modules_files_names_and_classes() -> None:
         (["nonsense"], ["'nonsense' is no target", "module:attribute"]),
         (["=targets_app:fine"], ["is no target"]),
         (["a/b=targets_app:fine"], ["'a/b' is no name for a service"]),
+        (["a\nb=targets_app:fine"], ["'a\\nb' is no name for a service"]),
+        (["..=targets_app:fine"], ["'..' is no name for a service"]),
+        (["targets_exits:x"], ["targets_exits cannot be imported: SystemExit: 3"]),
+        (["targets_exits.py:x"], ["targets_exits.py cannot be imported: SystemExit: 3"]),
         (["no_such_module:x"], ["no_such_module cannot be imported", "ModuleNotFoundError"]),
         (["no_such_file.py:x"], ["no file no_such_file.py"]),
         (["targets_app:nothing"], ["targets_app has no attribute 'nothing'", "it has: fine"]),

@@ -12,7 +12,7 @@ from typing import Any, Final
 from urllib.parse import urlencode
 
 from ..client.errors import from_answer, no_answer, not_ours
-from ..client.urls import check_url, is_loopback
+from ..client.urls import authorization, check_url, is_loopback
 
 TIMEOUT: Final = 30.0
 
@@ -54,7 +54,7 @@ class Server:
         if body is not None:
             request.add_header("Content-Type", "application/json")
         if self.token:
-            request.add_header("Authorization", f"Bearer {self.token}")
+            request.add_header("Authorization", authorization(self.token).decode("latin-1"))
         # What is on this machine is never behind a proxy, whatever the environment says.
         proxies = [urllib.request.ProxyHandler({})] if is_loopback(url) else []
         text = _send(urllib.request.build_opener(_NoRedirect, *proxies), request, url)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..exceptions import TargetError
+from ..exceptions import BadInput, TargetError
 
 _HINT = "a target is module:attribute or file.py:attribute, with name= in front to name the service"
 
@@ -41,8 +41,8 @@ def _load(target: str) -> tuple[str, Any]:
     where, colon, attribute = place.rpartition(":")
     if not colon or not where or not attribute or (separator and not named):
         raise TargetError(f"{target!r} is no target", hint=_HINT)
-    if separator and ("/" in named or named != named.strip()):
-        raise TargetError(f"{named!r} is no name for a service", hint="it has no slash and no blank around it")
+    if separator:
+        _check_name(named)
     module = _import_file(where) if where.endswith(".py") else _import_module(where)
     value: Any = module
     for part in attribute.split("."):
@@ -53,10 +53,21 @@ def _load(target: str) -> tuple[str, Any]:
     return named if separator else attribute, _as_workflow(value, place)
 
 
+def _check_name(name: str) -> None:
+    from ..control_plane.checks import check_id
+
+    try:
+        check_id(name, "service_name")
+    except BadInput as exc:
+        raise TargetError(
+            f"{name[:40]!r} is no name for a service", hint="it is short and has no slash and no blank around it"
+        ) from exc
+
+
 def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as exc:  # whatever the user's module raises while it is imported
+    except (Exception, SystemExit) as exc:  # whatever the user's module raises while it is imported
         raise TargetError(f"{name} cannot be imported: {type(exc).__name__}: {exc}", hint=_HINT) from exc
 
 
@@ -75,7 +86,7 @@ def _import_file(name: str) -> ModuleType:
         sys.path.insert(1, folder)
     try:
         spec.loader.exec_module(module)
-    except Exception as exc:  # whatever the user's file raises
+    except (Exception, SystemExit) as exc:  # whatever the user's file raises
         raise TargetError(f"{name} cannot be imported: {type(exc).__name__}: {exc}") from exc
     return module
 

@@ -75,6 +75,8 @@ class TaskEvents:
                 await self._receive()
             except Unavailable as error:
                 await self.aclose()
+                if not self._http.answered:
+                    raise  # a wrong URL is no dropped connection
                 if not self._pending:  # what came before the failure is delivered first
                     await self._patience.pause(error)
             except BaseException:

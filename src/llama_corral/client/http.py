@@ -21,7 +21,7 @@ from pydantic import SecretStr
 
 from ..exceptions import CorralError, TooManyTasks, Unavailable
 from .errors import from_answer, no_answer, not_ours
-from .urls import check_url, is_loopback
+from .urls import authorization, check_url, is_loopback
 
 STREAM_SILENCE: Final = 45.0
 """Seconds of silence after which a stream's connection counts as dead: three heartbeats of the server."""
@@ -52,7 +52,7 @@ class Http:
         secret = token.get_secret_value() if isinstance(token, SecretStr) else token
         self._client = httpx.AsyncClient(
             base_url=self.url,
-            headers={"Authorization": f"Bearer {secret}"} if secret else {},
+            headers={b"Authorization": authorization(secret)} if secret else {},
             timeout=timeout,
             # Each connection belongs to a caller; a limit here would let open streams block everything else.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),

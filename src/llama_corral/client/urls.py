@@ -1,4 +1,4 @@
-"""URLs and paths. No HTTP library is imported here."""
+"""URLs, paths and the header of a token. No HTTP library is imported here."""
 
 from __future__ import annotations
 
@@ -30,6 +30,18 @@ def check_url(url: str) -> str:
 def is_loopback(url: str) -> bool:
     host = urlsplit(url).hostname or ""
     return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def authorization(token: str) -> bytes:
+    """The value of the header that carries a token.
+
+    Raises:
+        BadInput: no header can carry it.
+    """
+    token = token.strip()
+    if not token.isprintable():
+        raise BadInput("the token holds a character that no header can carry", hint="Give it without line breaks.")
+    return f"Bearer {token}".encode()
 
 
 def path_of(*parts: str) -> str:

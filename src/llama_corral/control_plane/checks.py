@@ -19,9 +19,10 @@ MAX_TIMEOUT: Final = 366 * 86_400.0
 
 def check_id(value: str, what: str) -> str:
     """An id or a name that can stand in a URL, a topic and a log line."""
-    if not 0 < len(value) <= MAX_ID_LENGTH or not value.isprintable() or "/" in value or value != value.strip():
+    fits = 0 < len(value) <= MAX_ID_LENGTH and value.isprintable() and value == value.strip()
+    if not fits or "/" in value or value in (".", ".."):  # clients resolve dots before they send a path
         raise BadInput(
-            f"{what} must be 1 to {MAX_ID_LENGTH} printable characters without '/': {value[:40]!r}",
+            f"{what} must be 1 to {MAX_ID_LENGTH} printable characters without '/', and not dots: {value[:40]!r}",
             hint="Leave it out to get a fresh one." if what != "service_name" else None,
             name=what,
         )

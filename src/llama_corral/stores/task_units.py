@@ -34,9 +34,11 @@ from .transaction import Row, Transaction
 CANCELLED_ERROR = ErrorRecord(type="cancelled", message="The task was cancelled while no worker held it.")
 TIMED_OUT_ERROR = ErrorRecord(type="timed_out", message="The task's deadline passed while no worker held it.")
 
+_GONE = "It may have been deleted."
+
 
 def no_such_task(task_id: str) -> NotFound:
-    return NotFound(f"There is no task {task_id!r}.", task_id=task_id)
+    return NotFound(f"There is no task {task_id!r}.", hint=_GONE, task_id=task_id)
 
 
 def has_ended(state: TaskState) -> Conflict:
@@ -53,7 +55,7 @@ def accept(tx: Transaction, task: NewTask, claim: ClaimRequest | None) -> Accept
     if task.session_id is not None:
         line = tx.one(tx.sql.session_policy, {"session_id": task.session_id, "service_name": task.service_name})
         if line is None:
-            return NotFound(f"There is no session {task.session_id!r}.", session_id=task.session_id)
+            return NotFound(f"There is no session {task.session_id!r}.", hint=_GONE, session_id=task.session_id)
         policy, busy = line
         if busy and policy == "reject":
             return _accepted_before(tx, task, claim) or Conflict(
