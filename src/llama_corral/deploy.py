@@ -188,7 +188,12 @@ async def deploy_all(
 
 
 async def _deploy_one(
-    workflow: Workflow, name: str, core: Core, options: DeployOptions, *, task_status: trio.TaskStatus[WorkflowService]
+    workflow: Workflow,
+    name: str,
+    core: Core,
+    options: DeployOptions,
+    *,
+    task_status: anyio.abc.TaskStatus[WorkflowService],
 ) -> None:
     host, _, port = core.url.rpartition("/")[2].rpartition(":")
     config = WorkflowServiceConfig(

@@ -12,8 +12,8 @@ import trio
 from pydantic import BaseModel, Field
 
 from llama_corral import exceptions as exc
-from llama_corral.web import Request, Response, Routes, log_task
-from llama_corral.web.logs import TASK_ID
+from llama_corral.log_ids import TASK_ID, log_task
+from llama_corral.web import Request, Response, Routes
 
 pytestmark = [pytest.mark.trio, pytest.mark.timeout(10)]
 

@@ -9,9 +9,9 @@ import logging
 import pytest
 from pydantic import ValidationError
 
+from llama_corral.log_ids import REQUEST_ID, log_task
 from llama_corral.settings import ServerSettings
-from llama_corral.web import configure_logging, log_task
-from llama_corral.web.logs import REQUEST_ID
+from llama_corral.web import configure_logging
 
 
 def test_the_environment_is_read_when_called(monkeypatch):

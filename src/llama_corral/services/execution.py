@@ -20,6 +20,7 @@ from workflows import Workflow
 from workflows.events import Event, WorkflowFailedEvent
 
 from ..exceptions import BadInput, MailboxFull, NotFound, RunClosed
+from ..log_ids import log_task
 from ..protocol.records import Checkpoint, Claim, InboxEvent
 from ..runtime import Run, RunHooks, RunOptions, Slot, make_run
 from .outcome import Judge, Outcome
@@ -143,17 +144,21 @@ class TaskExecution(RunHooks):
     async def execute(self) -> None:
         """Run the task to its ending and store it, or hand it back. What the task raised is in `error` then."""
         try:
-            outcome = await self._run_to_end()
-            if self._ending == "lost":
-                return
-            if outcome is None:
-                await self._hand_back()
-            else:
-                self.error = outcome.error
-                await self.reporter.flush(outcome.terminal, outcome.context)
+            with log_task(self.claim.task_id):
+                await self._execute()
         finally:
             self.slot.release()
             self.finished.set()
+
+    async def _execute(self) -> None:
+        outcome = await self._run_to_end()
+        if self._ending == "lost":
+            return
+        if outcome is None:
+            await self._hand_back()
+        else:
+            self.error = outcome.error
+            await self.reporter.flush(outcome.terminal, outcome.context)
 
     async def _run_to_end(self) -> Outcome | None:
         """The outcome; None where the task is to be handed back."""

@@ -8,7 +8,6 @@ statuses; `streams.py` NDJSON, SSE and long polls; `openapi.py` the document; `s
 from .app import WebApp as WebApp
 from .errors import ErrorBody as ErrorBody
 from .logs import configure_logging as configure_logging
-from .logs import log_task as log_task
 from .messages import Request as Request
 from .messages import Response as Response
 from .messages import last_event_id as last_event_id

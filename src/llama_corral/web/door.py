@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import trio
 
 from ..exceptions import CorralError, TooLarge, TooSlow, Unauthorized
+from ..log_ids import REQUEST_ID
 from .errors import ForeignOrigin, Malformed
-from .logs import REQUEST_ID
 from .messages import Request, Response, Scope
 from .routes import Answer
 

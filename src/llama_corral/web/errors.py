@@ -19,7 +19,7 @@ from pydantic_core import to_json
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from .. import exceptions as exc
-from .logs import REQUEST_ID
+from ..log_ids import REQUEST_ID
 
 logger = logging.getLogger(__name__)
 

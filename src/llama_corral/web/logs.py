@@ -9,25 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import IO, Literal
 
-REQUEST_ID: ContextVar[str] = ContextVar("corral_request_id", default="-")
-TASK_ID: ContextVar[str] = ContextVar("corral_task_id", default="-")
+from ..log_ids import REQUEST_ID, TASK_ID
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "request_id", "task_id", "taskName"}
-
-
-@contextmanager
-def log_task(task_id: str) -> Iterator[None]:
-    """Log lines written inside the block, and by tasks started in it, name this task."""
-    token = TASK_ID.set(task_id)
-    try:
-        yield
-    finally:
-        TASK_ID.reset(token)
 
 
 class _Ids(logging.Filter):

@@ -18,7 +18,7 @@ from typing import Any
 import trio
 from pydantic_core import to_json
 
-from .logs import REQUEST_ID
+from ..log_ids import REQUEST_ID
 
 logger = logging.getLogger(__name__)
 
