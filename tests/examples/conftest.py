@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import anyio
 import pytest
-from anyio import fail_after
 from workflows import Context, Workflow
 from workflows.events import Event, HumanResponseEvent, InputRequiredEvent
 
@@ -71,7 +71,7 @@ def run_example(engine: Engine) -> RunExample:
             assert answer is not None, f"no answer is left for {event!r}"
             return HumanResponseEvent(response=answer)
 
-        with fail_after(20):  # pytest-timeout cannot end a test that hangs on Trio
+        with anyio.fail_after(20):  # pytest-timeout cannot end a test that hangs on Trio
             if engine.flavour is None:
                 handler = workflow.run(ctx=context, **start)
                 async for event in handler.stream_events():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import anyio
 import pytest
-from anyio import fail_after
 from workflows import Context, Workflow
 from workflows.events import HumanResponseEvent, InputRequiredEvent
 
@@ -32,7 +32,7 @@ async def test_a_run_resumed_at_every_question_ends_as_if_it_had_never_stopped(
 ):
     flavour = engine.flavour or "asyncio"
     snapshot = None
-    with fail_after(20):
+    with anyio.fail_after(20):
         for answer in [None, *answers]:
             context = None if snapshot is None else Context.from_dict(workflow, json.loads(snapshot))
             kwargs = start if context is None else {}

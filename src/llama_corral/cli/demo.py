@@ -64,9 +64,10 @@ async def _demo(prepared: Any, stop: Any) -> int:
         async with trio.open_nursery() as nursery:
             deployment: Deployment = await nursery.start(partial(deploy_all, {"digest": digest}, options, stop=stop))
             try:
-                return await _digest(deployment.url, request, stop)
+                code = await _digest(deployment.url, request, stop)
             finally:
                 stop.set()
+    return code
 
 
 async def _digest(url: str, request: dict[str, Any], stop: Any) -> int:

@@ -15,7 +15,7 @@ one folder only: use that where you do not trust everyone who can reach the serv
 
 from __future__ import annotations
 
-from anyio import to_thread
+import anyio.to_thread
 from pydantic import BaseModel, Field
 from workflows import Context, Workflow, step
 from workflows.events import Event, HumanResponseEvent, InputRequiredEvent, StartEvent, StopEvent
@@ -142,7 +142,7 @@ class DigestWorkflow(Workflow):
 
     @step
     async def find(self, ctx: Context[DigestState], ev: DigestRequest) -> list[FileToRead]:
-        found, more = await to_thread.run_sync(sources.find, ev.paths, self.root)
+        found, more = await anyio.to_thread.run_sync(sources.find, ev.paths, self.root)
         await ctx.store.set_state(DigestState(sentences=ev.sentences, approve=ev.approve, more_files=more))
         ctx.write_event_to_stream(FilesFound(files=[file for file, _ in found]))
         return [
@@ -155,7 +155,7 @@ class DigestWorkflow(Workflow):
         read = FileRead(number=ev.number, file=ev.file)
         progress = FileProgress(number=ev.number, total=ev.total, file=ev.file)
         try:
-            read.text = await to_thread.run_sync(sources.read, ev.path, ev.max_bytes, self.root)
+            read.text = await anyio.to_thread.run_sync(sources.read, ev.path, ev.max_bytes, self.root)
             progress.bytes = read.text.bytes
             progress.sentences = len(read.text.sentences())
         except sources.UnreadableError as error:
@@ -172,7 +172,7 @@ class DigestWorkflow(Workflow):
         if state.more_files:
             reason = f"not looked at: there are more than {sources.MAX_FILES} files"
             skipped.append(Skipped(file="(more files)", reason=reason))
-        draft = await to_thread.run_sync(make_draft, texts, state.sentences)
+        draft = await anyio.to_thread.run_sync(make_draft, texts, state.sentences)
         total = sum(source.sentences for source in draft.sources)
         ctx.write_event_to_stream(SentencesRanked(sentences=total, picked=len(draft.quotes), keywords=draft.keywords))
         return Drafted(draft=draft, skipped=skipped)
