@@ -33,14 +33,21 @@ async def serve_connections(
     wait_stop: Callable[[], Awaitable[None]],
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Accept until `wait_stop` returns; then connections get `config.graceful_timeout` seconds to end. Started with the
-    URLs when it accepts. Closes the listener."""
+    """Accept until `wait_stop` returns; then connections get `config.graceful_timeout` seconds to end, also those whose
+    client has stopped reading. Started with the URLs when it accepts. Closes the listener."""
     state: LifespanState = {}
     lifespan = Lifespan(app, config, state)
     context = WorkerContext(None)
 
+    opened: set[Connection] = set()
+
     async def handle(stream: Any) -> None:
-        await Connection(app, config, context, ConnectionState(state.copy()), stream).run()
+        connection = Connection(app, config, context, ConnectionState(state.copy()), stream)
+        opened.add(connection)
+        try:
+            await connection.run()
+        finally:
+            opened.discard(connection)
 
     async with trio.open_nursery() as lifespan_nursery:
         await lifespan_nursery.start(lifespan.handle_lifespan)
@@ -57,6 +64,8 @@ async def serve_connections(
                     accepting.cancel_scope.cancel()
             finally:
                 connections.cancel_scope.deadline = trio.current_time() + config.graceful_timeout
+                for connection in opened:
+                    connection.stop_writing_at(connections.cancel_scope.deadline)
                 await context.terminated.set()  # noqa: ASYNC102 - sets an event; does not wait
         await lifespan.wait_for_shutdown()
         lifespan_nursery.cancel_scope.cancel()
@@ -72,6 +81,15 @@ class Connection(TCPServer):
         self._timer = IdleTimer(self)
         self.idle_task = self._timer
         self._head = b""
+        # Writes are shielded, so that an answer is written whole; this is what ends one that nobody reads.
+        self._last_moment = math.inf
+        self._writing: trio.CancelScope | None = None
+
+    def stop_writing_at(self, deadline: float) -> None:
+        """What the client has not taken by then is not sent."""
+        self._last_moment = deadline
+        if self._writing is not None:
+            self._writing.deadline = deadline
 
     async def _read_data(self) -> None:
         try:
@@ -107,11 +125,14 @@ class Connection(TCPServer):
         except trio.WouldBlock:  # streams of one HTTP/2 connection
             await self.send_lock.acquire()
         try:
-            with trio.CancelScope(shield=True):
+            with trio.CancelScope(shield=True, deadline=self._last_moment) as self._writing:
                 await self.stream.send_all(data)
+            if self._writing.cancelled_caught:
+                await self.protocol.handle(Closed())
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             await self.protocol.handle(Closed())
         finally:
+            self._writing = None
             self.send_lock.release()
 
     async def _flush(self) -> None:

@@ -35,8 +35,8 @@ async def serve(  # noqa: ASYNC128 - serve_connections calls started()
 
     On `stop`: `/ready` turns 503 and `app.drain` is set, which ends streams and long polls with complete bodies; after
     `readiness_delay` the listener closes; requests in flight get `graceful_timeout` seconds, then they are cancelled.
-    A client that stopped reading is disconnected after `user_timeout`, which may be later than that: keep
-    `supervision.drain_deadline` around the program. Cancelling the call ends everything at once.
+    A client that stopped reading is disconnected after `user_timeout`, or then. Cancelling the call ends everything at
+    once, except for a write to such a client: keep `supervision.drain_deadline` around the program.
 
     Raises:
         AddressError: the address cannot be bound.
