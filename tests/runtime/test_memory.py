@@ -65,12 +65,19 @@ async def test_two_thousand_runs_leave_nothing(flavour):
     async with open_asyncio_loop():
         await some(200)
         gc.collect()
+        # Other tests' parameters may be exceptions, whose tracebacks keep the runs that raised them.
+        known = {id(obj) for obj in gc.get_objects() if type(obj) is Run}
         before = len(gc.get_objects())
         await some(2000)
         gc.collect()
         after = len(gc.get_objects())
         assert after - before < 200
-        assert not [obj for obj in gc.get_objects() if type(obj) is Run]
+        assert not [obj for obj in gc.get_objects() if type(obj) is Run and id(obj) not in known]
+
+
+def ours(obj):
+    """What a run's history would be made of: events, ticks and states; not what a larger process does besides."""
+    return str(type(obj).__module__).partition(".")[0] in ("workflows", "llama_corral", "tests", __name__.partition(".")[0])
 
 
 async def test_a_long_run_keeps_no_history(flavour):
@@ -85,7 +92,7 @@ async def test_a_long_run_keeps_no_history(flavour):
             ctx.write_event_to_stream(Event(n=count))
             if count in (200, 1000):
                 gc.collect()
-                self.sizes.append(len(gc.get_objects()))
+                self.sizes.append(sum(map(ours, gc.get_objects())))
             return StopEvent() if count == 1000 else Two(n=count + 1)
 
     workflow = Loop()
