@@ -77,7 +77,12 @@ async def test_two_thousand_runs_leave_nothing(flavour):
 
 def ours(obj):
     """What a run's history would be made of: events, ticks and states; not what a larger process does besides."""
-    return str(type(obj).__module__).partition(".")[0] in ("workflows", "llama_corral", "tests", __name__.partition(".")[0])
+    return str(type(obj).__module__).partition(".")[0] in (
+        "workflows",
+        "llama_corral",
+        "tests",
+        __name__.partition(".")[0],
+    )
 
 
 async def test_a_long_run_keeps_no_history(flavour):
