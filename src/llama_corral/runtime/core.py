@@ -92,6 +92,7 @@ class RunCore:
         self._held = Held()
         self._idle_check_due = False
         self._draining = False
+        self._leaving = False
         self._timers = Timers()
         self._timer_scope: anyio.CancelScope | None = None
         self._working = 0
@@ -118,7 +119,7 @@ class RunCore:
                 item = self._next_item()
                 if item is not None:
                     self._reduce(item)
-                elif self._working or self._idle:
+                elif self._working or self._idle or self._leaving:
                     return
                 else:
                     self._idle = True

@@ -264,17 +264,23 @@ class Run(RunCore):
         try:
             async with anyio.create_task_group() as self._tasks:
                 self._vars = copy_context()
-                self._begin()
-                while self._outcome is None:
-                    with anyio.CancelScope(deadline=self._next_deadline()) as self._timer_scope:
-                        await self._wake.wait()
-                    self._timer_scope = None
-                    self._wake = anyio.Event()
-                    self._buffer.extend(self._timers.take_due(self.now()))
-                    self._drain()
+                try:
+                    await self._run_to_outcome()
+                finally:
+                    self._leaving = True
                 self._tasks.cancel_scope.cancel()
         finally:
             self._close()
+
+    async def _run_to_outcome(self) -> None:
+        self._begin()
+        while self._outcome is None:
+            with anyio.CancelScope(deadline=self._next_deadline()) as self._timer_scope:
+                await self._wake.wait()
+            self._timer_scope = None
+            self._wake = anyio.Event()
+            self._buffer.extend(self._timers.take_due(self.now()))
+            self._drain()
 
     def _begin(self) -> None:
         """The opening ticks, in upstream's order, before whatever was sent while the run was not yet driven."""
@@ -313,6 +319,8 @@ class Run(RunCore):
     def _start_step(self, command: CommandRunWorker) -> None:
         assert self._tasks is not None
         assert self._vars is not None
+        if self._leaving:  # cancelled from outside: the task group takes nobody in any more
+            return
         worker = self._in_progress(command)
         self._working += 1
         self._idle = False
