@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import random
 from contextlib import suppress
+from functools import partial
 
 import anyio
+import anyio.lowlevel
 import pytest
 from workflows.errors import WorkflowCancelledByUser
 from workflows.events import HumanResponseEvent, InputRequiredEvent, StopEvent
 
+from llama_corral.aio import open_asyncio_loop
 from llama_corral.exceptions import RunClosed
 from llama_corral.runtime import Slot, open_run
 
@@ -24,6 +28,10 @@ AGAIN = 14
 """After every so many trials the same workflow is run once more."""
 
 
+STEPS = 13
+"""Steps that a run of it starts, without those of its children."""
+
+
 class Left(Exception):
     """The body of the block leaves it."""
 
@@ -31,17 +39,18 @@ class Left(Exception):
 class Trial:
     """A run of `Everything` that is struck once, and what came of it."""
 
-    def __init__(self, flavour, workflow=None) -> None:
+    def __init__(self, flavour, workflow=None, slots=None, threads=None) -> None:
         self.flavour = flavour
         self.ledger = Ledger() if workflow is None else workflow.ledger
         self.workflow = workflow or Everything(self.ledger, flavour)
-        self.threads = anyio.CapacityLimiter(1)
-        self.slots = anyio.CapacityLimiter(1)
+        self.threads = threads or anyio.CapacityLimiter(1)
+        self.slots = slots or anyio.CapacityLimiter(1)
         self.slot = Slot(self.slots)
         self.owner = Owner(self.slot)
         self.around = anyio.CancelScope()
         self.body = anyio.CancelScope()
         self.task = None
+        self.way = None
         self.run = None
         self.was_running = False
         self.send_in = 0
@@ -122,8 +131,11 @@ class Trial:
 
     async def check_nothing_is_taken(self):
         with anyio.fail_after(5):
-            async with self.threads:
-                pass
+            places = [object() for _ in range(int(self.threads.total_tokens))]
+            for place in places:  # an abandoned thread keeps its own until it ends
+                await self.threads.acquire_on_behalf_of(place)
+            for place in places:
+                self.threads.release_on_behalf_of(place)
             if self.run is not None:
                 await self.run.context.store.set("free", True)
         for limiter in (self.slots.statistics(), self.threads.statistics()):
@@ -209,4 +221,65 @@ async def test_an_event_that_comes_while_a_cancelled_run_unwinds(flavour, caplog
         await trial.check_nothing_is_taken()
         assert trial.outcome is RunClosed
     gc.collect()
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+class Doomed(Owner):
+    """Says when so many steps of its run are about to start."""
+
+    def __init__(self, slot, steps, say) -> None:
+        super().__init__(slot)
+        self._steps = steps
+        self._say = say
+
+    async def before_step(self, step):
+        await super().before_step(step)
+        self._steps -= 1
+        if not self._steps:
+            self._say()
+
+
+class Crowd:
+    """Many runs of one workflow under one cap; four of five are struck by chance."""
+
+    def __init__(self, flavour, count, seed) -> None:
+        self.chance = random.Random(seed)
+        self.slots = anyio.CapacityLimiter(20)
+        self.threads = anyio.CapacityLimiter(4)
+        self.workflow = Everything(Ledger(), flavour)
+        self.trials = [Trial(flavour, self.workflow, self.slots, self.threads) for _ in range(count)]
+        self.due, self.next_due = anyio.create_memory_object_stream(count)
+        for trial in self.chance.sample(self.trials, count * 4 // 5):
+            trial.way = self.chance.choice(["cancel_scope", "cancel_run", "leave_block"])
+            trial.owner = Doomed(trial.slot, self.chance.randint(1, STEPS), partial(self.due.send_nowait, trial))
+
+    async def live(self):
+        async with open_asyncio_loop(), anyio.create_task_group() as strikes:
+            strikes.start_soon(self.strike)
+            async with anyio.create_task_group() as runs:
+                for trial in self.trials:
+                    runs.start_soon(trial.live)
+            self.due.close()
+
+    async def strike(self):
+        with self.next_due:
+            async for trial in self.next_due:
+                for _ in range(self.chance.randrange(5)):
+                    await anyio.lowlevel.checkpoint()
+                getattr(trial, trial.way)()
+
+
+async def test_a_thousand_runs_at_once(flavour, caplog):
+    before = living_tasks()
+    crowd = Crowd(flavour, 1000, seed=3)
+    await crowd.live()
+    assert living_tasks() == before
+    await crowd.trials[0].check_clean_up()
+    await crowd.trials[0].check_nothing_is_taken()
+    for trial in crowd.trials:
+        trial.check_events()
+        assert trial.result == trial.outcome == RESULT if trial.way is None else endings(trial, trial.way)
+    struck = [trial for trial in crowd.trials if trial.outcome in (RunClosed, WorkflowCancelledByUser)]
+    assert len(struck) > 600
+    assert len({len(trial.owner.heard) for trial in struck}) > 4  # at all stages
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []

@@ -361,6 +361,7 @@ class Run(RunCore):
         outputs = await call_step(
             StepCall(
                 workflow=self.workflow,
+                run_id=self.run_id,
                 spec=self._registered.steps[name],
                 context=self._step_context,
                 command=command,
