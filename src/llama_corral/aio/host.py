@@ -182,6 +182,20 @@ async def call_native(fn: Callable[..., Awaitable[T]], *args: Any) -> T:
                 await loop.run_aio_coroutine(_end_orphans(owned))
 
 
+async def await_in(backend: str, fn: Callable[..., Awaitable[T]], *args: Any) -> T:
+    """Await `fn(*args)` in the library that drives the caller's thread ("trio" or "asyncio"), whatever the caller speaks.
+
+    Where Trio hosts an asyncio loop, something that lives on one side is awaited from the other with this.
+    """
+    here = sniffio.current_async_library()
+    if here == backend:
+        return await fn(*args)
+    if here == "trio":
+        return await call_asyncio(fn, *args)
+    result: T = await _hosted_loop().run_trio(fn, *args)
+    return result
+
+
 async def _await_here(fn: Callable[..., Awaitable[T]], args: tuple[Any, ...]) -> T:
     try:
         return await fn(*args)

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from .inline import drive_inline
 from .state import RunStateStore
 from .upstream import (
     BrokerState,
@@ -33,16 +34,6 @@ from .upstream import (
 
 if TYPE_CHECKING:
     from .run import Run
-
-
-def drive_inline(coro: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine that never suspends, here and now. Upstream wraps calls that only need a plain function in one."""
-    try:
-        coro.send(None)
-    except StopIteration as stop:
-        return stop.value
-    coro.close()
-    raise RuntimeError("a coroutine of the run's adapter suspended; it must not")
 
 
 class StepFace(InternalContext[Any]):

@@ -16,9 +16,11 @@ import anyio.to_thread
 
 from ..aio import SelfCancelled, call_asyncio, call_native
 from ..exceptions import FlavourError
+from .nesting import StepActivity, set_activity
 from .options import StepFlavour, sync_step_limiter
 from .registry import StepSpec
 from .resources import resolve_resources
+from .spans import spanned, step_dispatcher, step_tags
 from .upstream import (
     CommandRunWorker,
     Context,
@@ -59,6 +61,7 @@ class StepCall:
     backend: str
     limiter: anyio.CapacityLimiter | None
     now: Callable[[], float]
+    activity: StepActivity
 
 
 async def call_step(call: StepCall) -> list[StepWorkerOutput]:
@@ -83,6 +86,7 @@ async def call_step(call: StepCall) -> list[StepWorkerOutput]:
     StepWorkerStateContextVar.set(step_context)
     # A weak reference: timers of libraries keep copies of the context, which must not keep the workflow alive.
     InternalContextVar.set(weakref.ref(call.context))
+    set_activity(call.activity)
     try:
         result = await _invoke(call)
         returns.return_values.extend(_interpret(call.spec, result))
@@ -135,16 +139,29 @@ async def _invoke(call: StepCall) -> Any:
     resources: dict[str, Any] = {}
     if spec.config.resources:
         resources = await enter(resolve_resources, call.workflow, spec.config)
-    bound = partial(function, **_arguments(call), **resources)
+    bound = partial(_call_sync, call, function, {**_arguments(call), **resources})
     limiter = call.limiter if call.limiter is not None else sync_step_limiter()
     return await anyio.to_thread.run_sync(bound, abandon_on_cancel=True, limiter=limiter)
 
 
 async def _call_with_resources(call: StepCall, function: Callable[..., Any]) -> Any:
+    call.activity.enter()
+    arguments = _arguments(call)
     if call.spec.config.resources:
-        resources = await resolve_resources(call.workflow, call.spec.config)
-        return await function(**_arguments(call), **resources)
-    return await function(**_arguments(call))
+        arguments.update(await resolve_resources(call.workflow, call.spec.config))
+    dispatcher = step_dispatcher(call.workflow)
+    if dispatcher is None:
+        return await function(**arguments)
+    with step_tags(call.command.event):
+        return await spanned(dispatcher, function)(**arguments)
+
+
+def _call_sync(call: StepCall, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    dispatcher = step_dispatcher(call.workflow)
+    if dispatcher is None:
+        return function(**arguments)
+    with step_tags(call.command.event):
+        return spanned(dispatcher, function)(**arguments)
 
 
 def _arguments(call: StepCall) -> dict[str, Any]:
