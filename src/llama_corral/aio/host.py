@@ -192,7 +192,7 @@ async def await_in(backend: str, fn: Callable[..., Awaitable[T]], *args: Any) ->
         return await fn(*args)
     if here == "trio":
         return await call_asyncio(fn, *args)
-    result: T = await _hosted_loop().run_trio(fn, *args)
+    result: T = await _hosted_loop().trio_as_future(fn, *args)
     return result
 
 

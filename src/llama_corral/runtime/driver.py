@@ -20,7 +20,7 @@ import anyio
 import anyio.from_thread
 import anyio.lowlevel
 
-from ..aio import await_in, in_foreign_library
+from ..aio import await_in, in_foreign_library, kept_tasks
 from ..exceptions import MailboxFull, RunClosed
 from .child_runtime import nest_by_default
 from .core import RunCore
@@ -89,9 +89,12 @@ class RunDriver(RunCore):
 
         self._vars: ContextVars | None = None
         self._driven = False
+        self._is_adopted = False
+        self._is_leaving = False
         self._wake: anyio.Event | None = None
         self._adopted: list[tuple[Run, ContextVars]] = []
         self._until_end: set[anyio.CancelScope] = set()
+        self._on_child_end = Bell()
         self._closed = False
         self._on_closed = Bell()
 
@@ -182,11 +185,22 @@ class RunDriver(RunCore):
             raise RuntimeError(f"run {self.run_id} was already driven")
         self._driven = True
         try:
-            await self.wait_as_parent(self._is_open, self._drive)
+            if self._parent is None or self._parent.run is None or self._is_adopted:
+                await self._drive()
+            else:
+                await self._drive_in_step(self._parent.run)
         finally:
             if self._has_turn and self._turns is not None:
                 self._turns.release()
             self._close()
+
+    async def _drive_in_step(self, parent: Run) -> None:
+        """Drive in a task of the step that started the run."""
+        if in_foreign_library(parent.home.backend):
+            await self.wait_as_parent(self._is_open, self._drive)
+        else:  # whatever task this is, a thread's for one, it does not outlive the run around
+            with anyio.CancelScope() as scope, parent.until_end(scope):
+                await self.wait_as_parent(self._is_open, self._drive)
 
     async def _drive(self) -> None:
         async with anyio.create_task_group() as self._tasks:
@@ -205,9 +219,18 @@ class RunDriver(RunCore):
                     self._buffer.extend(self._timers.take_due(self.now()))
                     self._drain()
             finally:
+                self._is_leaving = True
                 for scope in tuple(self._until_end):
                     scope.cancel()
                 self._tasks.cancel_scope.cancel()
+        if self._until_end:
+            await self._wait_children()
+
+    async def _wait_children(self) -> None:
+        # Runs that its steps started in tasks which are not in this group: they have been cancelled.
+        with anyio.CancelScope(shield=True):
+            while self._until_end:
+                await self._on_child_end.wait()
 
     def _is_open(self) -> bool:
         return not self._closed
@@ -353,7 +376,9 @@ class RunDriver(RunCore):
         """Start a run that a step asks for, inside this run's task group and with the caller's context variables."""
         options = replace(self.options, event_buffer=DEFAULT_EVENT_BUFFER, internal_events=True)
         child = launch.make(type(self._as_run()), options, self._home)
-        self._adopted.append((child, copy_context()))
+        child._is_adopted = True
+        with kept_tasks():  # the child's asyncio tasks are no part of the step
+            self._adopted.append((child, copy_context()))
         if in_foreign_library(self._home.backend):
             assert self._wake is not None
             self._wake.set()
@@ -400,10 +425,11 @@ class RunDriver(RunCore):
     @contextmanager
     def until_end(self, scope: anyio.CancelScope) -> Iterator[None]:
         """Cancel the scope when the run ends, or at once if it has ended."""
-        if self._outcome is not None or self._tasks is None:
+        if self._is_leaving:
             scope.cancel()
         self._until_end.add(scope)
         try:
             yield
         finally:
             self._until_end.discard(scope)
+            self._on_child_end.ring()

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from .inline import drive_inline
+from .nesting import current_activity
 from .state import RunStateStore
 from .upstream import (
     BrokerState,
@@ -50,8 +51,10 @@ class StepFace(InternalContext[Any]):
         recovery_counts: dict[str, int] = {}
         emission = None
         sender = ""
+        activity = current_activity()
         step_context = StepWorkerStateContextVar.get(None)
-        if step_context is not None:
+        # A step of another run, a child for one, may hold this context: its sends are no part of its own result.
+        if step_context is not None and activity is not None and activity.run is self._run:
             sender = step_context.state.step_name
             recovery_counts = dict(step_context.retry.recovery_counts)
             # With its key in the step's result, a resumed run re-sends an event whose tick was lost, once.

@@ -56,6 +56,13 @@ def fresh_state(workflow: Workflow) -> LiveBrokerState:
     return LiveBrokerState(is_running=False, config=config, workers=workers)
 
 
+def still(state: BrokerState) -> BrokerState:
+    """A copy of the state as it is now, for who keeps it."""
+    copied = BrokerState.deepcopy(state)
+    copied.workers = {step_id: InternalStepWorkerState._deepcopy(worker) for step_id, worker in state.workers.items()}
+    return copied
+
+
 def live(state: BrokerState) -> LiveBrokerState:
     """The state, to be reduced in place from now on. The given object is not to be used any more."""
     if isinstance(state, LiveBrokerState):

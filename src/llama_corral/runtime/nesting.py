@@ -11,6 +11,7 @@ its slot: the cap is never exceeded, and a slot is held a little too long at the
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -98,12 +99,10 @@ class StepActivity:
                 await self._regain(self._run)  # noqa: ASYNC102 -- shielded where that means something
 
     async def _regain(self, run: Run) -> None:
-        if in_foreign_library(run.home.backend):
-            await run.wait_slot(self.step)  # asyncio cancels a task once, not until it ends
-        else:
-            # Where a timeout of the step's own ended its wait, it goes on with a slot or not at all: what ends this wait
-            # is the end of the run.
-            with anyio.CancelScope(shield=True) as scope, run.until_end(scope):
+        # Where a timeout of the step's own ended its wait, it goes on with a slot or not at all: what ends this wait is the
+        # end of the run. In the other library that comes as asyncio's own cancellation, which no scope shields from.
+        with anyio.CancelScope(shield=True) as scope:
+            with nullcontext() if in_foreign_library(run.home.backend) else run.until_end(scope):
                 await run.wait_slot(self.step)
         self._slot_given = False
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import anyio
 
+from .live_state import still
 from .upstream import (
+    BrokerState,
     Dispatcher,
     Event,
     NullEventHandler,
@@ -74,12 +76,14 @@ class RunSpan:
         start_event: Shown as an argument and summarized in the tags; None for a run that is resumed.
     """
 
-    def __init__(self, workflow: Workflow, run_id: str, init_state: Any, start_event: StartEvent | None) -> None:
+    def __init__(
+        self, workflow: Workflow, run_id: str, init_state: BrokerState, start_event: StartEvent | None
+    ) -> None:
         self._workflow = workflow
         # Made where the run is started: the tags and the trace of whoever starts it are the run's context.
         with instrument_tags({**active_instrument_tags.get(), "llamaindex.run_id": run_id}):
             self._context = get_dispatcher().capture_propagation_context()
-        self._arguments = _RUN_SIGNATURE.bind(init_state, start_event, self._context)
+        self._arguments = _RUN_SIGNATURE.bind(still(init_state), start_event, self._context)
         self._id = f"{type(workflow).__name__}.run-{uuid.uuid4()}"
         self._input = {} if start_event is None else {"llamaindex.start_event": summarize_event(start_event)}
 

@@ -83,8 +83,6 @@ class StructuredRuntime(anyio.AsyncContextManagerMixin, Runtime):
                 "StructuredRuntime runs on asyncio: upstream's handlers are made of asyncio tasks",
                 hint="on Trio use open_run or run_workflow",
             )
-        if self._tasks is not None:
-            raise RuntimeError("this runtime is open already; it can be opened again when its block was left")
         try:
             async with open_owned_tasks() as tasks:
                 self._home, self._tasks = Home.here(), tasks
@@ -166,7 +164,7 @@ class StructuredRuntime(anyio.AsyncContextManagerMixin, Runtime):
         return RegisteredWorkflow(workflow=workflow, workflow_run_fn=_driven_here, steps={})
 
 
-async def _driven_here(init_state: Any, start_event: Any = None, tags: Any = None) -> StopEvent:  # noqa: ARG001
+def _driven_here(init_state: Any, start_event: Any = None, tags: Any = None) -> Any:  # noqa: ARG001
     raise RuntimeError("StructuredRuntime drives its runs itself")
 
 
