@@ -34,7 +34,7 @@ from .nesting import StepActivity
 from .options import DEFAULT_EVENT_BUFFER, INTERNAL_MAILBOX, RunOptions
 from .registry import register, turns_of
 from .spans import RunSpan, is_watched, tag_run
-from .state import RunStateStore
+from .state import RunStateStore, fresh_store
 from .step import StepCall, call_step, result_tick
 from .stream import Bell
 from .upstream import (
@@ -68,7 +68,7 @@ class RunDriver(RunCore):
         workflow: Workflow,
         *,
         state: LiveBrokerState,
-        store: RunStateStore,
+        store: RunStateStore | None,
         start_event: StartEvent | None,
         serializer: BaseSerializer | None = None,
         run_id: str | None = None,
@@ -77,7 +77,7 @@ class RunDriver(RunCore):
         home: Home | None = None,
     ) -> None:
         super().__init__(workflow, state=state, run_id=run_id, hooks=hooks, options=options, home=home)
-        self.store = store
+        self._store = store
         self._serializer = serializer
         self._start_event = start_event
         self._registered = register(workflow)
@@ -97,6 +97,13 @@ class RunDriver(RunCore):
         self._on_child_end = Bell()
         self._closed = False
         self._on_closed = Bell()
+
+    @property
+    def store(self) -> RunStateStore:
+        """`ctx.store` of the run. Made when it is first asked for: it costs a tenth of a small run, and many ask never."""
+        if self._store is None:
+            self._store = fresh_store(self._registered.state_type)
+        return self._store
 
     def _as_run(self) -> Run:
         return self  # type: ignore[return-value] # the only subclass
@@ -349,6 +356,8 @@ class RunDriver(RunCore):
         if self._hooks is not None or self._parent is not None:
             await self._wait_slot(name)
         spec = self._registered.steps[name]
+        if not spec.is_async:
+            self.store  # noqa: B018 -- made here, and not by two threads at once
         activity = StepActivity(self._as_run(), name, threaded=not spec.is_async)
         try:
             outputs = await call_step(

@@ -10,7 +10,6 @@ Nobody else may keep a state that was handed to the reducer.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import fields, replace
 from typing import Any
 
@@ -25,9 +24,6 @@ class LiveBrokerState(BrokerState):
 
     def deepcopy(self) -> LiveBrokerState:
         # A new object, and not self: for the same object the reducer would make one, at twice the price.
-        return copy.copy(self)
-
-    def __copy__(self) -> LiveBrokerState:
         new = object.__new__(LiveBrokerState)
         new.__dict__.update(self.__dict__)
         return new

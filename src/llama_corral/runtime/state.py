@@ -10,6 +10,7 @@ from .registry import register
 from .upstream import (
     BaseSerializer,
     Context,
+    DictState,
     InMemoryStateStore,
     PreContext,
     Workflow,
@@ -57,12 +58,19 @@ def new_context(
     return context_with_face(OwnPreContext(workflow, previous, serializer))
 
 
+def fresh_store(state_type: type[Any]) -> RunStateStore:
+    """A store with the defaults of the state type."""
+    return RunStateStore(state_type())
+
+
 def open_state(
     workflow: Workflow, serialized: dict[str, Any] | None, serializer: BaseSerializer | None
-) -> RunStateStore:
-    """The store that a run starts with: what a context carries, or the defaults of the workflow's state type."""
+) -> RunStateStore | None:
+    """The store that a run starts with: what a context carries, or the defaults of the workflow's state type. None for
+    upstream's own untyped state, which can be made later without a surprise."""
     if not serialized:
-        return RunStateStore(register(workflow).state_type())
+        state_type = register(workflow).state_type
+        return None if state_type is DictState else fresh_store(state_type)
     if is_durable_serialized_state(serialized):
         kind = serialized.get("store_type")
         raise WorkflowRuntimeError(

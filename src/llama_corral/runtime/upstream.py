@@ -30,7 +30,7 @@ from workflows.context.external_context import ExternalContext
 from workflows.context.internal_context import InternalContext
 from workflows.context.pre_context import PreContext
 from workflows.context.serializers import BaseSerializer
-from workflows.context.state_store import InMemoryStateStore, infer_state_type, is_durable_serialized_state
+from workflows.context.state_store import DictState, InMemoryStateStore, infer_state_type, is_durable_serialized_state
 from workflows.decorators import StepConfig
 from workflows.errors import (
     ContextStateError,
@@ -135,6 +135,7 @@ __all__ = (
     "Context",
     "ContextStateError",
     "DeleteWaiter",
+    "DictState",
     "Dispatcher",
     "Event",
     "ExternalContext",
