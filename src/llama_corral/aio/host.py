@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -84,6 +85,7 @@ async def open_asyncio_loop() -> AsyncIterator[None]:
     async with _import_trio_asyncio().open_loop() as loop:
         # By default an error that asyncio only logs ends a hosted loop: one step's forgotten future would end them all.
         loop.set_exception_handler(_log_error)
+        loop._timer_handle_cancelled = _TimerSweep(loop)
         try:
             yield
         except (Exception, KeyboardInterrupt, SystemExit) as exc:
@@ -99,6 +101,26 @@ async def open_asyncio_loop() -> AsyncIterator[None]:
             raise error
         finally:
             del error  # its traceback holds this frame
+
+
+class _TimerSweep:
+    """Takes cancelled timers out of a hosted loop's heap, as asyncio's own loop does.
+
+    trio-asyncio leaves them until they would have been due, with a copy of the context variables of whoever made them: an
+    `asyncio.timeout(3600)` around a call of a millisecond would be kept for an hour.
+    """
+
+    def __init__(self, loop: Any) -> None:
+        self._loop = loop
+        self._cancelled = 0
+
+    def __call__(self, handle: asyncio.TimerHandle) -> None:
+        timers = self._loop._timers
+        self._cancelled += 1
+        if self._cancelled > 100 and self._cancelled * 2 > len(timers):
+            timers[:] = [timer for timer in timers if not timer.cancelled()]
+            heapq.heapify(timers)
+            self._cancelled = 0
 
 
 def _log_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

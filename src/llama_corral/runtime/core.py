@@ -98,6 +98,7 @@ class RunCore:
         self._held = Held()
         self._idle_check_due = False
         self._draining = False
+        self._is_leaving = False
         self._timers = Timers()
         self._timer_scope: anyio.CancelScope | None = None
         self._working = 0
@@ -125,7 +126,7 @@ class RunCore:
                 item = self._next_item()
                 if item is not None:
                     self._reduce(item)
-                elif self._working > self._parked or self._idle:
+                elif self._working > self._parked or self._idle or self._is_leaving:
                     return
                 else:
                     self._become_idle()  # a hook may send an event: look again

@@ -90,7 +90,6 @@ class RunDriver(RunCore):
         self._vars: ContextVars | None = None
         self._driven = False
         self._is_adopted = False
-        self._is_leaving = False
         self._wake: anyio.Event | None = None
         self._adopted: list[tuple[Run, ContextVars]] = []
         self._until_end: set[anyio.CancelScope] = set()
@@ -316,6 +315,8 @@ class RunDriver(RunCore):
     def _start_step(self, command: CommandRunWorker) -> None:
         assert self._tasks is not None
         assert self._vars is not None
+        if self._is_leaving:  # cancelled from outside: the task group takes nobody in any more
+            return
         worker = self._in_progress(command)
         self._working += 1
         if self._idle:
@@ -396,7 +397,7 @@ class RunDriver(RunCore):
         return child.adapter
 
     def _start_adopted(self) -> None:
-        if self._adopted and self._tasks is not None:
+        if self._adopted and self._tasks is not None and not self._is_leaving:
             adopted, self._adopted = self._adopted, []
             for child, variables in adopted:
                 variables.run(self._tasks.start_soon, child.drive)
