@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-import sniffio
-import trio
+
+from ..moments import living_tasks
 
 CONFIGURATIONS = {
     "trio-anyio": ("trio", "anyio"),
@@ -31,21 +30,6 @@ def anyio_backend(configuration: str) -> str:
 def flavour(configuration: str) -> str:
     """The step flavour of the configuration: pass it to `open_run` and `run_workflow`."""
     return CONFIGURATIONS[configuration][1]
-
-
-def living_tasks() -> set[Any]:
-    """Every task of the running loop: Trio's whole tree, or asyncio's set."""
-    if sniffio.current_async_library() == "asyncio":
-        return set(asyncio.all_tasks())
-    return set(_below(trio.lowlevel.current_root_task()))
-
-
-def _below(task: trio.lowlevel.Task | None) -> Iterator[trio.lowlevel.Task]:
-    if task is not None:
-        yield task
-        for nursery in task.child_nurseries:
-            for child in nursery.child_tasks:
-                yield from _below(child)
 
 
 @pytest.fixture

@@ -296,4 +296,5 @@ class RunCore:
             return
         if self._hooks is not None:
             self._hooks.on_event(event)
-        self._stream.append(event)
+        if self._outcome is None:  # the hook may have cancelled the run, whose last event is out by then
+            self._stream.append(event)

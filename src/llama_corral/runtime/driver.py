@@ -364,6 +364,7 @@ class RunDriver(RunCore):
             outputs = await call_step(
                 StepCall(
                     workflow=self.workflow,
+                    run_id=self.run_id,
                     spec=spec,
                     context=self._step_context,
                     command=command,

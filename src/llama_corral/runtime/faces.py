@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .inline import drive_inline
 from .nesting import current_activity
 from .state import RunStateStore
+from .thread import in_abandoned_thread
 from .upstream import (
     BrokerState,
     Event,
@@ -47,6 +48,8 @@ class StepFace(InternalContext[Any]):
     def send_event(self, message: Event, step: str | None = None) -> None:
         if step is not None:
             validate_step_message(self._workflow, step, message)
+        if in_abandoned_thread():  # the run may still be unwinding; this came too late
+            return
         step_id = StepId.root(step) if step is not None else None
         recovery_counts: dict[str, int] = {}
         emission = None
@@ -64,7 +67,7 @@ class StepFace(InternalContext[Any]):
         )
 
     def write_event_to_stream(self, ev: Event | None) -> None:
-        if ev is not None:
+        if ev is not None and not in_abandoned_thread():
             self._run.publish(ev)
 
     def retry_info(self) -> RetryInfo:

@@ -12,15 +12,15 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
-import anyio.to_thread
 
 from ..aio import SelfCancelled, call_asyncio, call_native
 from ..exceptions import FlavourError
 from .nesting import StepActivity, set_activity
-from .options import StepFlavour, sync_step_limiter
+from .options import StepFlavour
 from .registry import StepSpec
 from .resources import resolve_resources
 from .spans import spanned, step_dispatcher, step_tags
+from .thread import call_in_thread
 from .upstream import (
     CommandRunWorker,
     Context,
@@ -53,6 +53,7 @@ class StepCall:
     """Everything that one call of a step needs."""
 
     workflow: Workflow
+    run_id: str
     spec: StepSpec
     context: Context[Any]
     command: CommandRunWorker
@@ -67,7 +68,8 @@ class StepCall:
 async def call_step(call: StepCall) -> list[StepWorkerOutput]:
     """Run the step and return what the broker is to make of it. Exceptions of the step are part of that.
 
-    Cancellation and Ctrl-C pass through. A sync step runs in a worker thread and is abandoned on cancellation.
+    Cancellation and Ctrl-C pass through. A sync step runs in a worker thread and is abandoned on cancellation
+    (`call_in_thread`).
     """
     returns = Returns(return_values=[])
     step_context = StepWorkerContext(
@@ -140,8 +142,7 @@ async def _invoke(call: StepCall) -> Any:
     if spec.config.resources:
         resources = await enter(resolve_resources, call.workflow, spec.config)
     bound = partial(_call_sync, call, function, {**_arguments(call), **resources})
-    limiter = call.limiter if call.limiter is not None else sync_step_limiter()
-    return await anyio.to_thread.run_sync(bound, abandon_on_cancel=True, limiter=limiter)
+    return await call_in_thread(bound, step=spec.name, run_id=call.run_id, limiter=call.limiter)
 
 
 async def _call_with_resources(call: StepCall, function: Callable[..., Any]) -> Any:
