@@ -10,6 +10,8 @@ import pytest
 import sniffio
 import trio
 
+pytest.register_assert_rewrite("tests.runtime.compare")
+
 CONFIGURATIONS = {
     "trio-anyio": ("trio", "anyio"),
     "trio-asyncio": ("trio", "asyncio"),
