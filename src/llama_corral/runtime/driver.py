@@ -84,8 +84,8 @@ class RunDriver(RunCore):
         self._turns = turns_of(workflow, self._registered)
         self._has_turn = False
         self._span = RunSpan(workflow, self.run_id, state, start_event) if is_watched() else None
-        self.adapter = RunAdapter(self._as_run())
-        self._step_context: Context[Any] = context_with_face(StepFace(self.adapter, workflow, self._as_run()))
+        face = StepFace(self.adapter, workflow, self._as_run())
+        self._step_context: Context[Any] | None = context_with_face(face)
 
         self._vars: ContextVars | None = None
         self._driven = False
@@ -96,6 +96,11 @@ class RunDriver(RunCore):
         self._on_child_end = Bell()
         self._closed = False
         self._on_closed = Bell()
+
+    @property
+    def adapter(self) -> RunAdapter:
+        """The run as upstream's contexts and handlers want to see it."""
+        return RunAdapter(self._as_run())
 
     @property
     def store(self) -> RunStateStore:
@@ -294,6 +299,9 @@ class RunDriver(RunCore):
                 if isinstance(item, FromOutside):
                     self._held.add(item)
         self._tasks = None
+        # A run that has ended is part of no cycle: it goes when its last user does, and not when garbage is collected.
+        self._step_context = None
+        self._hooks = None
         self._buffer.clear()
         self._stream.close()
         if self._span is not None and self._vars is not None:
@@ -356,6 +364,7 @@ class RunDriver(RunCore):
         name = str(command.step_id)
         if self._hooks is not None or self._parent is not None:
             await self._wait_slot(name)
+        assert self._step_context is not None
         spec = self._registered.steps[name]
         if not spec.is_async:
             self.store  # noqa: B018 -- made here, and not by two threads at once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import anyio.lowlevel
@@ -27,7 +28,7 @@ from .upstream import (
 class Run(RunDriver):
     """A run of a workflow. Made by `open_run`; `drive` must be running for anything to happen."""
 
-    _outside_context: Context[Any] | None = None
+    _given_context: weakref.ref[Context[Any]] | None = None
 
     # Looking at it
 
@@ -52,13 +53,12 @@ class Run(RunDriver):
     @property
     def context(self) -> Context[Any]:
         """Upstream's Context of the run, seen from outside: `store`, `to_dict()`, `send_event`, and reuse in a next run."""
-        if self._outside_context is None:
-            self._outside_context = context_with_face(self.outside_face())
-        return self._outside_context
+        given = self._given_context() if self._given_context is not None else None
+        return given if given is not None else context_with_face(self.outside_face())
 
     def adopt_context(self, context: Context[Any]) -> None:
         """Let the Context that the run was started with show this run from now on."""
-        self._outside_context = context
+        self._given_context = weakref.ref(context)  # it holds the run
 
     def outside_face(self) -> OutsideFace:
         """A face for a Context that is to show this run from outside."""
