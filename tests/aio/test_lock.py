@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 import trio
 
@@ -104,3 +105,30 @@ async def test_cancelled_waiters_pass_it_on():
             assert set(got) >= {n for n in range(8) if n % 3}
             async with lock.acquire_write():
                 pass
+
+
+@pytest.mark.anyio
+async def test_loops_of_other_threads_share_it(anyio_backend):
+    """As a sync step's thread does that runs a loop around the store."""
+    lock = FlavourLock()
+    inside = 0
+    done = []
+
+    async def work(name):
+        nonlocal inside
+        for _ in range(20):
+            async with lock.acquire_write():
+                inside += 1
+                assert inside == 1
+                await anyio.lowlevel.checkpoint()
+                inside -= 1
+        done.append(name)
+
+    async with anyio.create_task_group() as group:
+        for n in range(3):
+            group.start_soon(work, f"task {n}")
+            for backend in ("trio", "asyncio"):
+                group.start_soon(
+                    anyio.to_thread.run_sync, lambda n=n, b=backend: anyio.run(work, f"{b} {n}", backend=b)
+                )
+    assert len(done) == 9

@@ -9,6 +9,8 @@ import pytest
 
 from ..moments import living_tasks
 
+pytest.register_assert_rewrite("tests.runtime.compare")
+
 CONFIGURATIONS = {
     "trio-anyio": ("trio", "anyio"),
     "trio-asyncio": ("trio", "asyncio"),

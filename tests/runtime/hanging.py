@@ -251,6 +251,7 @@ class InAChild(Hanging):
 
 class InAWaitingChild(Hanging):
     begins = 2
+    idle = True  # a parent that awaits an idle child is idle
 
     @step
     async def work(self, ev: StartEvent) -> StopEvent:

@@ -16,3 +16,4 @@ from .options import sync_step_limiter as sync_step_limiter
 from .run import Run as Run
 from .state import new_context as new_context
 from .stream import EventReader as EventReader
+from .structured import StructuredRuntime as StructuredRuntime

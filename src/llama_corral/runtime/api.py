@@ -9,10 +9,23 @@ from typing import Any
 import anyio
 
 from ..aio import caller_library, open_asyncio_loop
+from .child_runtime import bind_children
 from .hooks import RunHooks
+from .live_state import fresh_state, live
 from .options import DEFAULT_EVENT_BUFFER, DEFAULT_MAILBOX, RunOptions, StepFlavour
 from .run import Run
-from .upstream import Context, StartEvent, Workflow, context_parts, set_face, start_event_of, validate_workflow
+from .scope import open_owned_tasks
+from .state import open_state
+from .upstream import (
+    Context,
+    StartEvent,
+    Workflow,
+    context_parts,
+    restored_state,
+    set_face,
+    start_event_of,
+    validate_workflow,
+)
 
 
 def make_run(
@@ -31,13 +44,24 @@ def make_run(
         WorkflowValidationError, WorkflowRuntimeError, ContextStateError: as upstream's `workflow.run()`.
     """
     validate_workflow(workflow)
-    pre = context_parts(workflow, context) if context is not None else None
-    resumed = pre is not None and pre.is_running
-    start = None if resumed else start_event_of(workflow, start_event, start_kwargs or {})
-    run = Run(workflow, start_event=start, pre=pre, run_id=run_id, hooks=hooks, options=options)
-    if context is not None:
-        set_face(context, run.outside_face())
-        run.adopt_context(context)
+    bind_children(workflow)
+    if context is None:
+        start = start_event_of(workflow, start_event, start_kwargs or {})
+        state, store = fresh_state(workflow), open_state(workflow, None, None)
+        return Run(workflow, state=state, store=store, start_event=start, run_id=run_id, hooks=hooks, options=options)
+    pre = context_parts(workflow, context)
+    run = Run(
+        workflow,
+        state=live(restored_state(workflow, pre)),
+        store=open_state(workflow, pre.serialized_state, pre.serializer),
+        start_event=None if pre.is_running else start_event_of(workflow, start_event, start_kwargs or {}),
+        serializer=pre.serializer,
+        run_id=run_id,
+        hooks=hooks,
+        options=options,
+    )
+    set_face(context, run.outside_face())
+    run.adopt_context(context)
     return run
 
 
@@ -92,21 +116,9 @@ async def open_run(
             options=options,
             start_kwargs=start_kwargs,
         )
-        error: BaseException | None = None
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(run.drive, name=f"run {run.run_id} of {workflow.workflow_name}")
-            try:
-                yield run
-            except (Exception, KeyboardInterrupt, SystemExit) as exc:
-                # The task group would wrap it in a group; the block's own error is nobody's child's.
-                error = exc
-            finally:
-                tasks.cancel_scope.cancel()
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # its traceback holds this frame
+        tasks = await stack.enter_async_context(open_owned_tasks())
+        tasks.start_soon(run.drive, name=f"run {run.run_id} of {workflow.workflow_name}")
+        yield run
 
 
 async def run_workflow(
