@@ -9,6 +9,7 @@ from typing import Any
 import anyio
 
 from ..aio import caller_library, open_asyncio_loop
+from .checks import check_run
 from .hooks import RunHooks
 from .options import DEFAULT_EVENT_BUFFER, DEFAULT_MAILBOX, RunOptions, StepFlavour
 from .run import Run
@@ -29,12 +30,14 @@ def make_run(
 
     Raises:
         WorkflowValidationError, WorkflowRuntimeError, ContextStateError: as upstream's `workflow.run()`.
+        FlavourError: an agent that cannot work in the step flavour.
     """
     validate_workflow(workflow)
     pre = context_parts(workflow, context) if context is not None else None
     resumed = pre is not None and pre.is_running
     start = None if resumed else start_event_of(workflow, start_event, start_kwargs or {})
     run = Run(workflow, start_event=start, pre=pre, run_id=run_id, hooks=hooks, options=options)
+    check_run(workflow, run.options.flavour, caller_library(), start, run.store)
     if context is not None:
         set_face(context, run.outside_face())
         run.adopt_context(context)
@@ -77,6 +80,7 @@ async def open_run(
 
     Raises:
         WorkflowValidationError, WorkflowRuntimeError, ContextStateError: before the run starts, as upstream's `run()`.
+        FlavourError: before the run starts, for an agent that cannot work in the flavour.
         What the block raises passes through as it is, not in an exception group.
     """
     options = RunOptions(flavour, event_buffer, mailbox, internal_events, sync_limiter)

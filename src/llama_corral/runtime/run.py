@@ -26,6 +26,7 @@ from .hooks import RunHooks
 from .mailbox import FromOutside
 from .options import INTERNAL_MAILBOX, RunOptions, RunStatistics
 from .registry import RegisteredWorkflow, register
+from .serializer import as_context_serializer
 from .state import RunStateStore, open_state
 from .step import StepCall, call_step, result_tick
 from .stream import Bell, EventReader
@@ -118,7 +119,8 @@ class Run(RunCore):
 
     def outside_face(self) -> OutsideFace:
         """A face for a Context that is to show this run from outside."""
-        return OutsideFace(self.workflow, self._adapter, self._serializer or workflow_serializer(self.workflow))
+        serializer = as_context_serializer(self._serializer or workflow_serializer(self.workflow))
+        return OutsideFace(self.workflow, self._adapter, serializer)
 
     def running_steps(self) -> list[str]:
         """Names of the steps that are working or wait for a slot."""

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from ..aio import FlavourLock
+from .serializer import as_context_serializer
 from .upstream import (
     BaseSerializer,
     Context,
@@ -53,6 +54,7 @@ def new_context(
     Raises:
         ContextSerdeError: `previous` is not what `to_dict()` gave, or does not fit the workflow.
     """
+    serializer = as_context_serializer(serializer or workflow_serializer(workflow))
     return context_with_face(OwnPreContext(workflow, previous, serializer))
 
 

@@ -16,6 +16,7 @@ import anyio.to_thread
 
 from ..aio import SelfCancelled, call_asyncio, call_native
 from ..exceptions import FlavourError
+from .checks import tool_error
 from .options import StepFlavour, sync_step_limiter
 from .registry import StepSpec
 from .resources import resolve_resources
@@ -85,6 +86,7 @@ async def call_step(call: StepCall) -> list[StepWorkerOutput]:
     InternalContextVar.set(weakref.ref(call.context))
     try:
         result = await _invoke(call)
+        _refuse_hidden_error(result, call)
         returns.return_values.extend(_interpret(call.spec, result))
     except WaitingForEvent as waiting:
         returns.return_values.append(waiting.add)
@@ -226,6 +228,13 @@ def _explain(exc: Exception, call: StepCall) -> Exception:
     )
     error.__cause__ = exc
     return error
+
+
+def _refuse_hidden_error(result: Any, call: StepCall) -> None:
+    """Raise what an agent's tool raised if it met the wrong library: the agent would tell nobody but its LLM."""
+    error = tool_error(result)
+    if error is not None and (explained := _explain(error, call)) is not error:
+        raise explained
 
 
 def _use_flavour(other: StepFlavour) -> str:
