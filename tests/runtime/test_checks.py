@@ -9,6 +9,7 @@ import sys
 from functools import partial
 
 import pytest
+from llama_index.core.agent.workflow import AgentInput, AgentOutput, FunctionAgent, ToolCall
 from llama_index.core.memory import ChatMemoryBuffer, Memory, SimpleComposableMemory
 from llama_index.core.storage.chat_store import SimpleChatStore
 from llama_index.core.tools import BaseTool, FunctionTool, ToolMetadata, ToolOutput
@@ -176,6 +177,28 @@ async def test_structured_output_of_a_function_calling_llm(configuration, flavou
 async def test_other_structured_output_works(flavour, make):
     result = await run_workflow(make(), user_msg="add", memory=native_memory(), flavour=flavour)
     assert result.structured_response == {"total": 3}
+
+
+class OwnCalls(FunctionAgent):
+    """Has its own way to call sync tools."""
+
+    async def _call_tool(self, ctx, tool, tool_input):
+        return tool.call(**tool_input)
+
+
+class OwnEnd(FunctionAgent):
+    """Makes no structured output, whatever its output_cls."""
+
+    @step
+    async def parse_agent_output(self, ctx: Context, ev: AgentOutput) -> StopEvent | AgentInput | ToolCall | None:
+        return StopEvent(result="fine")
+
+
+async def test_an_agent_with_a_way_of_its_own_is_not_refused(flavour):
+    agent = OwnCalls(llm=calling(add_in_thread).llm, tools=[add_in_thread])
+    assert str(await run_workflow(agent, user_msg="add", memory=native_memory(), flavour=flavour)) == "it is 3"
+    agent = OwnEnd(llm=chats("hello").llm, output_cls=Sum)
+    assert await run_workflow(agent, user_msg="add", memory=native_memory(), flavour=flavour) == "fine"
 
 
 # Memory

@@ -20,6 +20,8 @@ from .upstream import StartEvent, Workflow
 
 _AGENT = ("llama_index.core.agent.workflow.base_agent", "BaseWorkflowAgent")
 _TEAM = ("llama_index.core.agent.workflow.multi_agent_workflow", "AgentWorkflow")
+_CALLS_TOOLS = ("call_tool", "_call_tool", "get_tools", "_ensure_tools_are_async")
+_CHOOSES_MEMORY = ("init_run", "_init_context")
 _SQL = "llama_index.core.storage.chat_store.sql"  # SQLAlchemy's asyncio half, without naming asyncio itself
 
 
@@ -42,7 +44,7 @@ def check_run(
     if agents:
         _refuse_agents(workflow, agents)
         memory = drive_inline(store.get("memory", default=None)) or None
-        if memory is None and start is not None and _starts_as_shipped(workflow):
+        if memory is None and start is not None and _is_as_shipped(workflow, *_CHOOSES_MEMORY):
             memory = start.get("memory") or _default_memory(workflow)
         _refuse_memory(agents[0], memory, start, "start it with a memory whose async methods call none")
 
@@ -57,7 +59,7 @@ def check_served(workflow: Workflow, flavour: StepFlavour, backend: str | None) 
     agents = _native_agents(workflow, flavour, backend)
     if agents:
         _refuse_agents(workflow, agents)
-        if _starts_as_shipped(workflow):
+        if _is_as_shipped(workflow, *_CHOOSES_MEMORY):
             instead = "override its step init_run to put another memory into ctx.store first"
             _refuse_memory(agents[0], _default_memory(workflow), None, instead)
 
@@ -91,14 +93,16 @@ def _loaded(place: tuple[str, str]) -> Any:
 
 def _refuse_agents(workflow: Workflow, agents: list[Any]) -> None:
     """Raise for what needs no start to be told."""
+    calls_tools = _is_as_shipped(workflow, *_CALLS_TOOLS)
+    structures = _is_as_shipped(workflow, "parse_agent_output")
     for agent in agents:
         tools = [str(tool.metadata.name) for tool in agent.tools or () if _tool_calls_asyncio(tool)]
-        if tools:
+        if tools and calls_tools:
             names = f"tool{'s' if len(tools) > 1 else ''} {', '.join(map(repr, tools))}"
             why = f"llama-index-core calls its sync {names} through asyncio"
             raise _refusal(agent, why, "give it async functions as tools", step="call_tool", tools=tools)
         output_cls = _structured_output(workflow, agent)
-        if output_cls is not None and _predicts_through_asyncio(agent.llm):
+        if output_cls is not None and structures and _predicts_through_asyncio(agent.llm):
             name = output_cls.__name__
             why = f"llama-index-core makes its output_cls {name} through asyncio"
             raise _refusal(agent, why, "give it a structured_output_fn", step="parse_agent_output", output_cls=name)
@@ -131,6 +135,11 @@ def _calls_asyncio(function: Any) -> bool:
 def _is_shipped(function: Any) -> bool:
     module = getattr(function, "__module__", None) or ""
     return module.startswith("llama_index.core.") and hasattr(function, "__code__")
+
+
+def _is_as_shipped(workflow: Workflow, *methods: str) -> bool:
+    """Whether these methods of an agent are llama-index-core's own, so that what they do is known."""
+    return all(_is_shipped(getattr(type(workflow), name, None)) for name in methods)
 
 
 # Tools
@@ -169,11 +178,6 @@ def _predicts_through_asyncio(llm: Any) -> bool:
 
 
 # Memory
-
-
-def _starts_as_shipped(workflow: Workflow) -> bool:
-    """Whether the memory is chosen by llama-index-core's own code."""
-    return all(_is_shipped(getattr(type(workflow), name, None)) for name in ("init_run", "_init_context"))
 
 
 def _default_memory(workflow: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
 import pydantic_core
@@ -23,24 +22,17 @@ class ContextSerializer(JsonSerializer):
     Upstream takes such a failure of an agent's memory for expected: it leaves the memory out of the Context and warns, so
     that the next run has forgotten the conversation. That is what becomes of a ChatMemoryBuffer with pydantic 2.14, and of
     a message with an image with every version. Here they are written field by field instead.
-
-    Args:
-        allowed_types: As upstream's.
-
-    `failures` has what could not be written: upstream's caller may go on without it.
     """
 
-    def __init__(self, *, allowed_types: Iterable[type[Any] | str] | None = None) -> None:
-        super().__init__(allowed_types=allowed_types)
-        self.failures: list[Exception] = []
-
     def serialize(self, value: Any) -> str:
+        """As upstream's, except that the error does not show the whole value.
+
+        Raises:
+            ValueError: the value is not JSON. KeptElsewhere, or whatever it was, is the cause.
+        """
         try:
             return json.dumps(self.serialize_value(value))
-        except (
-            Exception
-        ) as exc:  # whatever a user's serializer raises. Upstream's text would have the whole value in it.
-            self.failures.append(exc)
+        except Exception as exc:  # whatever a user's serializer raises
             raise ValueError(f"a {type(value).__name__} cannot be written as JSON: {exc}") from exc
 
     def serialize_value(self, value: Any) -> Any:

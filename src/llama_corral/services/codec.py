@@ -147,7 +147,7 @@ class WorkflowCodec:
         Upstream leaves out a memory that cannot be encoded. Here that is an error, except for the memory of a run that
         has ended and that keeps its messages somewhere else: whoever made it makes it again.
         """
-        serializer = ContextSerializer()  # a fresh one has its own failures, and encoding looks up no types
+        serializer = _NotingSerializer()
         data = context.to_dict(serializer)
         for failure in serializer.failures:
             if data["is_running"] or not isinstance(failure, KeptElsewhere):
@@ -158,6 +158,21 @@ class WorkflowCodec:
     def decode_context(self, payload: str) -> Context[Any]:
         """A context that can start or resume a run. Raises ContextSerdeError for what does not fit the workflow."""
         return Context.from_dict(self._workflow, json.loads(payload), self._serializer)
+
+
+class _NotingSerializer(ContextSerializer):
+    """Notes what one encoding could not write: upstream's Context may go on without it. It looks up no types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: list[BaseException] = []
+
+    def serialize(self, value: Any) -> str:
+        try:
+            return super().serialize(value)
+        except ValueError as exc:
+            self.failures.append(exc.__cause__ or exc)
+            raise
 
 
 def printable(text: str) -> str:
