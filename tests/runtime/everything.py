@@ -111,10 +111,16 @@ class Inner(Workflow):
 
 
 class Everything(Workflow):
-    """Fan-out, workers, retry, resource, store, thread, collecting, waiting for an event, nested runs both ways."""
+    """Fan-out, workers, retry, resource, store, thread, collecting, waiting for an event, nested runs both ways.
 
-    def __init__(self, ledger: Ledger, flavour: Any) -> None:
+    Args:
+        sends: Its thread sends its event. What a step sent before it was handed back, it sends again when it is resumed;
+            what it returns comes once.
+    """
+
+    def __init__(self, ledger: Ledger, flavour: Any, *, sends: bool = True) -> None:
         super().__init__(timeout=None)
+        self.sends = sends
         self.ledger = ledger
         self.flavour = flavour
 
@@ -128,17 +134,18 @@ class Everything(Workflow):
     async def edit(self, ctx: Context, ev: Item, tool: Tool) -> Raw:
         async with self.ledger.working("edit"):
             async with ctx.store.edit_state() as state:
-                sums = state.get("sum", 0)
                 await checkpoint()
                 if ev.n == 1 and not ctx.retry_info().retry_number:
                     raise ConnectionError(tool)
-                state["sum"] = sums + ev.n
+                state[f"item {ev.n}"] = ev.n  # bears being done twice, as a step of a service must
             return Raw(n=ev.n)
 
     @step(num_workers=2)
     def crunch(self, ctx: Context, ev: Raw) -> Done | None:
         with self.ledger.working_in_thread("crunch"):
             ctx.write_event_to_stream(Note(n=ev.n))
+            if not self.sends:
+                return Done(n=ev.n)
             ctx.send_event(Done(n=ev.n))
             return None
 
@@ -160,10 +167,11 @@ class Everything(Workflow):
             called = await run_workflow(Inner(self.ledger), flavour=self.flavour)
             async with open_run(Inner(self.ledger), flavour=self.flavour) as run:
                 opened = await run.result()
-            return StopEvent(result=[*ev.found, await ctx.store.get("sum"), called, opened])
+            stored = [await ctx.store.get(f"item {n}") for n in ev.found]
+            return StopEvent(result=[ev.found, stored, called, opened])
 
 
-RESULT = [0, 1, 2, 3, 1, 1]
+RESULT = [[0, 1, 2], [0, 1, 2], 1, 1]
 
 
 class Owner(SlotHooks):
