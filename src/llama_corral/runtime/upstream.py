@@ -266,8 +266,9 @@ def context_parts(workflow: Workflow, context: Context[Any]) -> PreContext[Any]:
 
 
 def broker_config(workflow: Workflow) -> BrokerConfig:
-    """The broker's view of the workflow's steps; cached by upstream."""
-    return workflow._get_broker_config()
+    """The broker's view of the steps of a validated workflow. Upstream keeps it; 2.26.0 works it out each time."""
+    kept = getattr(workflow, "_get_broker_config", None)
+    return cast("BrokerConfig", kept()) if kept is not None else BrokerState.from_workflow(workflow).config
 
 
 def restored_state(workflow: Workflow, pre: PreContext[Any]) -> BrokerState:
