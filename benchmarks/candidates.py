@@ -10,7 +10,8 @@ import asyncio
 import importlib.util
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,8 +20,21 @@ import anyio.lowlevel
 from workflows import Workflow
 from workflows.events import Event
 
+Result = dict[str, Any]
 Take = Callable[[Event], None]
 Starts = list[dict[str, Any]]
+
+
+class OpenRuns(ABC):
+    """Runs that were started and have not been awaited."""
+
+    @abstractmethod
+    def send(self, index: int, event: Event) -> None:
+        """Send one of them an event."""
+
+    @abstractmethod
+    async def results(self) -> list[Any]:
+        """Wait for all, in the order in which they were started."""
 
 
 class Side(ABC):
@@ -49,6 +63,38 @@ class Side(ABC):
     async def run_all(self, workflow: Workflow, cap: int, starts: Starts) -> list[Any]:
         """The results of many runs, all started at once, of which `cap` work at a time."""
 
+    @abstractmethod
+    def open_runs(
+        self, workflows: Sequence[Workflow], starts: Starts, *, driven: bool
+    ) -> AbstractAsyncContextManager[OpenRuns]:
+        """Start a run of each workflow. `driven`: as an owner does that keeps no task of its own for each."""
+
+    # What a measurement needs that takes its time
+
+    @abstractmethod
+    async def sleep(self, seconds: float) -> None: ...
+
+    @abstractmethod
+    def new_event(self) -> Any:
+        """An event with `set` and `wait`."""
+
+    async def inside(self, measurement: Callable[[], Awaitable[Result]]) -> Result:
+        """Await the measurement where `open_runs` can be called."""
+        return await measurement()
+
+
+class Handlers(OpenRuns):
+    """Upstream's."""
+
+    def __init__(self, handlers: list[Any]) -> None:
+        self._handlers = handlers
+
+    def send(self, index: int, event: Event) -> None:
+        self._handlers[index].ctx.send_event(event)
+
+    async def results(self) -> list[Any]:
+        return [await handler for handler in self._handlers]
+
 
 class Upstream(Side):
     """`workflow.run()` and its handler."""
@@ -74,6 +120,18 @@ class Upstream(Side):
         handlers = [workflow.run(**start) for start in starts]
         return [await handler for handler in handlers]
 
+    @asynccontextmanager
+    async def open_runs(
+        self, workflows: Sequence[Workflow], starts: Starts, *, driven: bool
+    ) -> AsyncIterator[Handlers]:
+        yield Handlers([workflow.run(**start) for workflow, start in zip(workflows, starts, strict=True)])
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)  # noqa: TID251 -- the time is what is measured
+
+    def new_event(self) -> Any:
+        return asyncio.Event()
+
 
 class HostedUpstream(Upstream):
     """Upstream in an asyncio loop inside Trio: one hop into it for each call."""
@@ -95,6 +153,23 @@ class HostedUpstream(Upstream):
     async def run_all(self, workflow: Workflow, cap: int, starts: Starts) -> list[Any]:
         results: list[Any] = await self._hop(super().run_all)(workflow, cap, starts)
         return results
+
+    async def inside(self, measurement: Callable[[], Awaitable[Result]]) -> Result:
+        result: Result = await self._hop(measurement)()
+        return result
+
+
+class Runs(OpenRuns):
+    """Ours."""
+
+    def __init__(self, count: int) -> None:
+        self.runs: list[Any] = [None] * count
+
+    def send(self, index: int, event: Event) -> None:
+        self.runs[index].send_event(event)
+
+    async def results(self) -> list[Any]:
+        return [await run.result() for run in self.runs]
 
 
 class Ours(Side):
@@ -143,25 +218,50 @@ class Ours(Side):
                 tasks.start_soon(one, index, start)
         return results
 
+    @asynccontextmanager
+    async def open_runs(self, workflows: Sequence[Workflow], starts: Starts, *, driven: bool) -> AsyncIterator[Runs]:
+        opened = Runs(len(starts))
+        options = self._runtime.RunOptions(flavour=self._flavour)
+
+        async def keep_open(index: int, workflow: Workflow, start: dict[str, Any]) -> None:
+            async with self._runtime.open_run(workflow, flavour=self._flavour, **start) as run:
+                opened.runs[index] = run
+                await run.result()
+
+        async with anyio.create_task_group() as tasks:
+            for index, (workflow, start) in enumerate(zip(workflows, starts, strict=True)):
+                if driven:
+                    run = opened.runs[index] = self._runtime.make_run(workflow, start_kwargs=start, options=options)
+                    tasks.start_soon(run.drive)
+                else:
+                    tasks.start_soon(keep_open, index, workflow, start)
+            yield opened
+
+    async def sleep(self, seconds: float) -> None:
+        await anyio.sleep(seconds)
+
+    def new_event(self) -> Any:
+        return anyio.Event()
+
 
 # Event loops. Each runs `main(side)` to its end and returns what it returns.
 
-Main = Callable[[Side], Awaitable[dict[str, Any]]]
-Loop = Callable[[Main, Callable[[], Side]], dict[str, Any]]
+Main = Callable[[Side], Awaitable[Result]]
+Loop = Callable[[Main, Callable[[], Side]], Result]
 
 
-def on_asyncio(main: Main, make: Callable[[], Side]) -> dict[str, Any]:
+def on_asyncio(main: Main, make: Callable[[], Side]) -> Result:
     return _on_plain_loop(main, make, None)
 
 
-def on_uvloop(main: Main, make: Callable[[], Side]) -> dict[str, Any]:
+def on_uvloop(main: Main, make: Callable[[], Side]) -> Result:
     import uvloop
 
     return _on_plain_loop(main, make, uvloop.new_event_loop)
 
 
-def _on_plain_loop(main: Main, make: Callable[[], Side], loop_factory: Callable[[], Any] | None) -> dict[str, Any]:
-    async def entry() -> dict[str, Any]:
+def _on_plain_loop(main: Main, make: Callable[[], Side], loop_factory: Callable[[], Any] | None) -> Result:
+    async def entry() -> Result:
         return await main(make())
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
@@ -170,34 +270,34 @@ def _on_plain_loop(main: Main, make: Callable[[], Side], loop_factory: Callable[
     return result
 
 
-def on_trio(main: Main, make: Callable[[], Side]) -> dict[str, Any]:
+def on_trio(main: Main, make: Callable[[], Side]) -> Result:
     import trio
 
-    async def entry() -> dict[str, Any]:
+    async def entry() -> Result:
         return await main(make())
 
     return trio.run(entry)
 
 
-def on_trio_with_asyncio(main: Main, make: Callable[[], Side]) -> dict[str, Any]:
+def on_trio_with_asyncio(main: Main, make: Callable[[], Side]) -> Result:
     """Trio with an asyncio loop in it, opened as this project opens it."""
     import trio
 
     from llama_corral.aio import open_asyncio_loop
 
-    async def entry() -> dict[str, Any]:
+    async def entry() -> Result:
         async with open_asyncio_loop():
             return await main(make())
 
     return trio.run(entry)
 
 
-def on_trio_asyncio(main: Main, make: Callable[[], Side]) -> dict[str, Any]:
+def on_trio_asyncio(main: Main, make: Callable[[], Side]) -> Result:
     """Trio with an asyncio loop in it, as trio-asyncio gives it to anybody."""
     import trio
     import trio_asyncio
 
-    async def entry() -> dict[str, Any]:
+    async def entry() -> Result:
         async with trio_asyncio.open_loop():
             return await main(make())
 

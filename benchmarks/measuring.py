@@ -22,8 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .candidates import CANDIDATES, Side
-from .workloads import WORKLOADS, Workload, WrongAnswer
+from .candidates import CANDIDATES, Result, Side
+from .waiting import measure_waiting
+from .workloads import WAITING, WORKLOADS, Workload, WrongAnswer
 
 WARM_UP = 0.1
 """Operations before the measured ones, as a share of them."""
@@ -33,12 +34,14 @@ TIME_LIMIT = 600.0
 @dataclass(frozen=True, slots=True)
 class Order:
     """What to measure. `spans`: with a span handler and an event handler attached. `share`: of the usual amount of work.
-    `profile`: print where the CPU goes, so many lines of it, instead of measuring."""
+    `seconds`: how long to look at runs that wait. `profile`: print where the CPU goes, so many lines of it, instead of
+    measuring."""
 
     candidate: str
     workload: str
     spans: bool = False
     share: float = 1.0
+    seconds: float = 5.0
     profile: int = 0
 
 
@@ -46,7 +49,7 @@ class Failed(Exception):
     """The measurement's process failed; it has said why."""
 
 
-def measure(order: Order) -> dict[str, Any]:
+def measure(order: Order) -> Result:
     """Carry out the order in a process of its own.
 
     Raises:
@@ -64,7 +67,7 @@ def measure(order: Order) -> dict[str, Any]:
         raise Failed(f"{order.candidate}, {order.workload}: exit code {done.returncode}")
     if order.profile:
         return {}
-    result: dict[str, Any] = json.loads(done.stdout)
+    result: Result = json.loads(done.stdout)
     return result
 
 
@@ -111,7 +114,7 @@ def counted_spans(attached: bool) -> Iterator[Counter[str]]:
         root.event_handlers.remove(events)
 
 
-async def repeat(order: Order, workload: Workload, seen: Counter[str], side: Side) -> dict[str, Any]:
+async def repeat(order: Order, workload: Workload, seen: Counter[str], side: Side) -> Result:
     """Wall and CPU time of the workload's operations, one after the other."""
     once = workload.prepare(side)
     operations = max(1, round(workload.operations * order.share))
@@ -148,8 +151,12 @@ def profiled(lines: int) -> Iterator[None]:
         pstats.Stats(profile).sort_stats("tottime").print_stats(lines)
 
 
-def carry_out(order: Order) -> dict[str, Any]:
+def carry_out(order: Order) -> Result:
     candidate = CANDIDATES[order.candidate]
+    if order.workload in WAITING:
+        with profiled(order.profile):
+            waiting = partial(measure_waiting, WAITING[order.workload], order.share, order.seconds)
+            return candidate.loop(waiting, candidate.side)
     with counted_spans(order.spans) as seen:
         return candidate.loop(partial(repeat, order, WORKLOADS[order.workload], seen), candidate.side)
 

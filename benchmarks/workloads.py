@@ -302,3 +302,22 @@ WORKLOADS = {
     ),
     "capped": Workload(f"{CAPPED_RUNS} runs at once under a cap of {CAP}", "run", CAPPED_RUNS, 3, capped),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Many runs that wait at the same time. `own_workflows`: each is of a workflow of its own, whose size counts."""
+
+    title: str
+    runs: int
+    own_workflows: bool = False
+    driven: bool = False
+
+
+WAITING = {
+    "waiting": Waiting("10,000 runs waiting for an event", 10_000),
+    "waiting-driven": Waiting(
+        "10,000 runs waiting for an event, driven by their owner (make_run)", 10_000, driven=True
+    ),
+    "waiting-own": Waiting("1,000 runs waiting for an event, each of a workflow of its own", 1_000, own_workflows=True),
+}
