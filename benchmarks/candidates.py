@@ -40,8 +40,13 @@ class OpenRuns(ABC):
 class Side(ABC):
     """One way to run a workflow, called from the event loop that the candidate opened."""
 
-    caps_by_workflow = False
-    """Whether `num_concurrent_runs` is what caps `run_all`."""
+    has_slots = False
+    """Whether `run_all` can bound runs by a capacity limiter."""
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Around everything else. Workflows that are made inside the block are the side's."""
+        yield
 
     @abstractmethod
     async def checkpoint(self) -> None:
@@ -60,8 +65,8 @@ class Side(ABC):
         """Hand every published event to `take`, then return the result."""
 
     @abstractmethod
-    async def run_all(self, workflow: Workflow, cap: int, starts: Starts) -> list[Any]:
-        """The results of many runs, all started at once, of which `cap` work at a time."""
+    async def run_all(self, workflow: Workflow, starts: Starts, slots: int | None) -> list[Any]:
+        """The results of many runs, all started at once. `slots`: under a capacity limiter of so many."""
 
     @abstractmethod
     def open_runs(
@@ -99,8 +104,6 @@ class Handlers(OpenRuns):
 class Upstream(Side):
     """`workflow.run()` and its handler."""
 
-    caps_by_workflow = True
-
     async def checkpoint(self) -> None:
         await asyncio.sleep(0)  # noqa: TID251 -- asyncio's checkpoint
 
@@ -116,7 +119,7 @@ class Upstream(Side):
             take(event)
         return await handler
 
-    async def run_all(self, workflow: Workflow, cap: int, starts: Starts) -> list[Any]:
+    async def run_all(self, workflow: Workflow, starts: Starts, slots: int | None) -> list[Any]:
         handlers = [workflow.run(**start) for start in starts]
         return [await handler for handler in handlers]
 
@@ -150,13 +153,25 @@ class HostedUpstream(Upstream):
     async def stream(self, workflow: Workflow, take: Take, **start: Any) -> Any:
         return await self._hop(super().stream)(workflow, take, **start)
 
-    async def run_all(self, workflow: Workflow, cap: int, starts: Starts) -> list[Any]:
-        results: list[Any] = await self._hop(super().run_all)(workflow, cap, starts)
+    async def run_all(self, workflow: Workflow, starts: Starts, slots: int | None) -> list[Any]:
+        results: list[Any] = await self._hop(super().run_all)(workflow, starts, slots)
         return results
 
     async def inside(self, measurement: Callable[[], Awaitable[Result]]) -> Result:
         result: Result = await self._hop(measurement)()
         return result
+
+
+class Structured(Upstream):
+    """The same calls, on this project's drop-in for upstream's runtime."""
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        from llama_corral.runtime import StructuredRuntime
+
+        async with StructuredRuntime() as runtime:
+            with runtime.registering():
+                yield
 
 
 class Runs(OpenRuns):
@@ -174,6 +189,8 @@ class Runs(OpenRuns):
 
 class Ours(Side):
     """`run_workflow` and `open_run`."""
+
+    has_slots = True
 
     def __init__(self, flavour: Literal["anyio", "asyncio"], *, on_trio: bool) -> None:
         from llama_corral import runtime
@@ -201,11 +218,14 @@ class Ours(Side):
                 take(event)
             return await run.result()
 
-    async def run_all(self, workflow: Workflow, cap: int, starts: Starts) -> list[Any]:
-        limiter = anyio.CapacityLimiter(cap)
+    async def run_all(self, workflow: Workflow, starts: Starts, slots: int | None) -> list[Any]:
+        limiter = anyio.CapacityLimiter(slots) if slots else None
         results: list[Any] = [None] * len(starts)
 
         async def one(index: int, start: dict[str, Any]) -> None:
+            if limiter is None:
+                results[index] = await self.run(workflow, **start)
+                return
             slot = self._runtime.Slot(limiter)
             hooks = self._runtime.SlotHooks(slot)
             try:
@@ -323,6 +343,8 @@ CANDIDATES = {
     "trio-hosted": Candidate("Trio, asyncio steps", on_trio_with_asyncio, lambda: Ours("asyncio", on_trio=True)),
     "asyncio": Candidate("asyncio", on_asyncio, lambda: Ours("anyio", on_trio=False)),
     "uvloop": Candidate("uvloop", on_uvloop, lambda: Ours("anyio", on_trio=False), ("uvloop",)),
+    "structured": Candidate("asyncio, StructuredRuntime", on_asyncio, Structured),
+    "structured-uvloop": Candidate("uvloop, StructuredRuntime", on_uvloop, Structured, ("uvloop",)),
     BASE: Candidate("upstream, asyncio", on_asyncio, Upstream),
     "upstream-uvloop": Candidate("upstream, uvloop", on_uvloop, Upstream, ("uvloop",)),
     "upstream-hosted": Candidate("upstream, in trio-asyncio", on_trio_asyncio, HostedUpstream),

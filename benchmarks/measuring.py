@@ -24,7 +24,7 @@ from typing import Any
 
 from .candidates import CANDIDATES, Result, Side
 from .waiting import measure_waiting
-from .workloads import WAITING, WORKLOADS, Workload, WrongAnswer
+from .workloads import WAITING, WORKLOADS, WrongAnswer
 
 WARM_UP = 0.1
 """Operations before the measured ones, as a share of them."""
@@ -114,22 +114,23 @@ def counted_spans(attached: bool) -> Iterator[Counter[str]]:
         root.event_handlers.remove(events)
 
 
-async def repeat(order: Order, workload: Workload, seen: Counter[str], side: Side) -> Result:
+async def repeat(order: Order, seen: Counter[str], side: Side) -> Result:
     """Wall and CPU time of the workload's operations, one after the other."""
-    once = workload.prepare(side)
+    workload = WORKLOADS[order.workload]
     operations = max(1, round(workload.operations * order.share))
-    for _ in range(max(1, round(operations * WARM_UP))):
-        await once()
-    gc.collect()
-    seen.clear()
-    with profiled(order.profile):
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(operations):
+    async with side.open():
+        once = workload.prepare(side)
+        for _ in range(max(1, round(operations * WARM_UP))):
             await once()
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    units = operations * workload.units
+        gc.collect()
+        seen.clear()
+        with profiled(order.profile):
+            wall, cpu = time.perf_counter(), time.process_time()
+            for _ in range(operations):
+                await once()
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     return {
-        "units": units,
+        "units": operations * workload.units,
         "wall": wall,
         "cpu": cpu,
         "seen": {name: count / operations for name, count in sorted(seen.items())},
@@ -153,12 +154,11 @@ def profiled(lines: int) -> Iterator[None]:
 
 def carry_out(order: Order) -> Result:
     candidate = CANDIDATES[order.candidate]
-    if order.workload in WAITING:
+    if waiting := WAITING.get(order.workload):
         with profiled(order.profile):
-            waiting = partial(measure_waiting, WAITING[order.workload], order.share, order.seconds)
-            return candidate.loop(waiting, candidate.side)
+            return candidate.loop(partial(measure_waiting, waiting, order.share, order.seconds), candidate.side)
     with counted_spans(order.spans) as seen:
-        return candidate.loop(partial(repeat, order, WORKLOADS[order.workload], seen), candidate.side)
+        return candidate.loop(partial(repeat, order, seen), candidate.side)
 
 
 def main() -> None:

@@ -268,12 +268,20 @@ def _stream(side: Side, workflow: Workflow) -> Operation:
 
 
 def capped(side: Side) -> Operation:
-    workflow = Capped(side.checkpoint, CAP if side.caps_by_workflow else None)
+    return _capped(side, None)
+
+
+def under_slots(side: Side) -> Operation:
+    return _capped(side, CAP if side.has_slots else None)
+
+
+def _capped(side: Side, slots: int | None) -> Operation:
+    workflow = Capped(side.checkpoint, num_concurrent_runs=None if slots else CAP)
 
     async def run() -> None:
         workflow.most = 0
         starts = [{"number": number} for number in range(CAPPED_RUNS)]
-        expect(await side.run_all(workflow, CAP, starts), list(range(1, CAPPED_RUNS + 1)))
+        expect(await side.run_all(workflow, starts, slots), list(range(1, CAPPED_RUNS + 1)))
         expect(workflow.most, CAP)
 
     return run
@@ -300,7 +308,10 @@ WORKLOADS = {
     "stream-slowly": Workload(
         f"{STREAM:,} streamed events, a checkpoint after each", "event", STREAM, 40, stream_slowly
     ),
-    "capped": Workload(f"{CAPPED_RUNS} runs at once under a cap of {CAP}", "run", CAPPED_RUNS, 3, capped),
+    "capped": Workload(f"{CAPPED_RUNS} runs at once, num_concurrent_runs={CAP}", "run", CAPPED_RUNS, 3, capped),
+    "slots": Workload(
+        f"{CAPPED_RUNS} runs at once, ours under {CAP} slots, the others as before", "run", CAPPED_RUNS, 3, under_slots
+    ),
 }
 
 
@@ -315,9 +326,7 @@ class Waiting:
 
 
 WAITING = {
-    "waiting": Waiting("10,000 runs waiting for an event", 10_000),
-    "waiting-driven": Waiting(
-        "10,000 runs waiting for an event, driven by their owner (make_run)", 10_000, driven=True
-    ),
-    "waiting-own": Waiting("1,000 runs waiting for an event, each of a workflow of its own", 1_000, own_workflows=True),
+    "waiting": Waiting("runs waiting for an event", 10_000),
+    "waiting-driven": Waiting("runs waiting for an event, ours driven by their owner (make_run)", 10_000, driven=True),
+    "waiting-own": Waiting("runs waiting for an event, each of a workflow of its own", 1_000, own_workflows=True),
 }
