@@ -105,6 +105,7 @@ FIELDS = {
         "scope_path",
         "emission",
         "stamped_at",
+        "work_item_id",
     },
     up.TickStepResult: {
         *("step_id", "worker_id", "invocation_namespace", "event", "result"),
@@ -122,7 +123,14 @@ FIELDS = {
     up.SentEvent: {"index", "event", "step_id", "recovery_counts"},
     up.StepWorkerContext: {"event", "state", "returns", "retry", "sends"},
     up.RetryAttempt: {"retry_number", "first_attempt_at", "last_exception", "last_failed_at", "recovery_counts"},
-    up.InProgressState: {"event", "attempts", "first_attempt_at", "shared_state", "invocation_id", "recovery_counts"},
+    up.InProgressState: {
+        *("event", "attempts", "first_attempt_at", "shared_state"),
+        *("invocation_id", "recovery_counts", "work_item_id"),
+    },
+    up.StepWorkerWaiter: {
+        *("waiter_id", "waiting_for_event", "requirements", "has_requirements"),
+        *("resolved_event", "timed_out", "work_item_id"),
+    },
     up.BrokerState: {"workers", "config", "is_running", "children", "elapsed_alive"},
     up.CommandRunWorker: {"step_id", "event", "id", "invocation_id", "invocation_namespace", "bound_events"},
     up.CommandQueueEvent: {"event", "step_id", "origin_namespace", "recovery_counts", "scope_path", "emission"},

@@ -48,6 +48,7 @@ from .upstream import (
     WorkflowRuntimeError,
     WorkflowTick,
     context_with_face,
+    resuming_ticks,
     validate_step_message,
     workflow_serializer,
     workflow_timeout,
@@ -289,7 +290,7 @@ class Run(RunCore):
                 self._buffer.append(TickTimeout(timeout=timeout))
             else:
                 self._timers.schedule(start + remaining, TickTimeout(timeout=timeout))
-        self._buffer.extend(self.broker_state.rehydrate_with_ticks())
+        self._buffer.extend(resuming_ticks(self.broker_state))
         if self._start_event is not None:
             self._buffer.append(TickAddEvent(event=self._start_event, stamped_at=start))
         self._buffer.extend(early)
