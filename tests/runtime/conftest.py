@@ -46,3 +46,20 @@ async def nothing_left(anyio_backend: str) -> AsyncIterator[None]:
     yield
     left = {task for task in living_tasks() - before if "_call_in_runner_task" not in repr(task)}  # the plugin's own
     assert not left, f"left behind: {left}"
+
+
+@pytest.fixture(params=["copied", "in-place"])
+def kept(request: pytest.FixtureRequest) -> Any:
+    """How the state of a recording is kept: as upstream's runner does, and as ours does."""
+    # Here, and not above: with a name of upstream gone the runtime cannot be imported, and test_upstream.py says which.
+    from llama_corral.runtime.live_state import live
+
+    return live if request.param == "in-place" else lambda state: state
+
+
+@pytest.fixture
+def chain(kept: Any) -> Any:
+    """A recording of a run whose first step is working; a second one follows."""
+    from .recorded import Chain, Recorded
+
+    return Recorded(Chain(), kept).begin()

@@ -9,6 +9,7 @@ from typing import Any
 import anyio
 
 from ..aio import caller_library, open_asyncio_loop
+from .checks import check_run
 from .child_runtime import bind_children
 from .hooks import RunHooks
 from .live_state import fresh_state, live
@@ -42,26 +43,29 @@ def make_run(
 
     Raises:
         WorkflowValidationError, WorkflowRuntimeError, ContextStateError: as upstream's `workflow.run()`.
+        FlavourError: an agent that cannot work in the step flavour.
     """
     validate_workflow(workflow)
     bind_children(workflow)
-    if context is None:
-        start = start_event_of(workflow, start_event, start_kwargs or {})
-        state, store = fresh_state(workflow), open_state(workflow, None, None)
-        return Run(workflow, state=state, store=store, start_event=start, run_id=run_id, hooks=hooks, options=options)
-    pre = context_parts(workflow, context)
+    pre = context_parts(workflow, context) if context is not None else None
+    resumed = pre is not None and pre.is_running
+    start = None if resumed else start_event_of(workflow, start_event, start_kwargs or {})
     run = Run(
         workflow,
-        state=live(restored_state(workflow, pre)),
-        store=open_state(workflow, pre.serialized_state, pre.serializer),
-        start_event=None if pre.is_running else start_event_of(workflow, start_event, start_kwargs or {}),
-        serializer=pre.serializer,
+        state=fresh_state(workflow) if pre is None else live(restored_state(workflow, pre)),
+        store=open_state(workflow, None, None)
+        if pre is None
+        else open_state(workflow, pre.serialized_state, pre.serializer),
+        start_event=start,
+        serializer=None if pre is None else pre.serializer,
         run_id=run_id,
         hooks=hooks,
         options=options,
     )
-    set_face(context, run.outside_face())
-    run.adopt_context(context)
+    check_run(run, start)
+    if context is not None:
+        set_face(context, run.outside_face())
+        run.adopt_context(context)
     return run
 
 
@@ -101,6 +105,7 @@ async def open_run(
 
     Raises:
         WorkflowValidationError, WorkflowRuntimeError, ContextStateError: before the run starts, as upstream's `run()`.
+        FlavourError: before the run starts, for an agent that cannot work in the flavour.
         What the block raises passes through as it is, not in an exception group.
     """
     options = RunOptions(flavour, event_buffer, mailbox, internal_events, sync_limiter)

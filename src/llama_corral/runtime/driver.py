@@ -53,6 +53,7 @@ from .upstream import (
     WorkflowRuntimeError,
     WorkflowTick,
     context_with_face,
+    resuming_ticks,
     workflow_timeout,
 )
 
@@ -283,7 +284,7 @@ class RunDriver(RunCore):
                 self._buffer.append(TickTimeout(timeout=timeout))
             else:
                 self._timers.schedule(start + remaining, TickTimeout(timeout=timeout))
-        self._buffer.extend(self.broker_state.rehydrate_with_ticks())
+        self._buffer.extend(resuming_ticks(self.broker_state))
         if self._start_event is not None:
             self._buffer.append(TickAddEvent(event=self._start_event, stamped_at=start))
         self._buffer.extend(early)

@@ -10,8 +10,18 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
-from .upstream import BrokerState, Event, StepId, TickAddEvent, UnhandledEvent, event_matches, step_accepts_event
+from .upstream import (
+    BrokerState,
+    Event,
+    StepId,
+    StepWorkerWaiter,
+    TickAddEvent,
+    UnhandledEvent,
+    event_matches,
+    step_accepts_event,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +46,8 @@ def can_take(state: BrokerState, tick: TickAddEvent) -> bool:
 
 def _waits_for(state: BrokerState, step_id: StepId, event: Event, subclasses: bool) -> bool:
     for waiter in state.workers[step_id].collected_waiters:
-        if waiter.resolved_event is not None or waiter.timed_out:
+        if _takes_nothing(waiter):
             continue
-        if waiter.has_requirements and not waiter.requirements:
-            continue  # a resumed run has yet to ask its step what it required
         if event_matches(event, waiter.waiting_for_event, allow_subclasses=subclasses) and all(
             getattr(event, name, None) == value for name, value in waiter.requirements.items()
         ):
@@ -47,23 +55,32 @@ def _waits_for(state: BrokerState, step_id: StepId, event: Event, subclasses: bo
     return False
 
 
+def _takes_nothing(waiter: StepWorkerWaiter[Any]) -> bool:
+    """Whether the waiter has its event, or has timed out, or is one of a resumed run that has yet to ask its step what
+    it required: snapshots leave that out."""
+    if waiter.resolved_event is not None or waiter.timed_out:
+        return True
+    return bool(waiter.has_requirements and not waiter.requirements)
+
+
 class _Answered(Event):
-    """What a waiter that has its event waits for while another event is routed: nothing."""
+    """What a waiter that takes nothing waits for while an event is routed: nothing."""
 
 
 Hidden = list[tuple[StepId, str, type[Event]]]
 
 
 def hide_answered(state: BrokerState) -> Hidden:
-    """Keep waiters that have their event, or have timed out, from taking the next one.
+    """Keep waiters that take nothing (now) from taking the next event.
 
-    Upstream would overwrite the event and start the step once more, which loses an answer where a step asks twice.
-    `show_answered` must follow, in sync code, on whatever state the reducer made of this one.
+    Upstream would overwrite an answer and start the step once more, which loses one where a step asks twice, and would
+    give a resumed waiter the first event of its type, whatever it required. `show_answered` must follow, in sync code,
+    on whatever state the reducer made of this one.
     """
     hidden: Hidden = []
     for step_id, worker in state.workers.items():
         for waiter in worker.collected_waiters:
-            if waiter.resolved_event is not None or waiter.timed_out:
+            if _takes_nothing(waiter):
                 hidden.append((step_id, waiter.waiter_id, waiter.waiting_for_event))
                 waiter.waiting_for_event = _Answered
     return hidden

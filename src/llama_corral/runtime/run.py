@@ -11,6 +11,7 @@ from .driver import RunDriver
 from .faces import OutsideFace
 from .mailbox import FromOutside
 from .options import RunStatistics
+from .serializer import as_context_serializer
 from .stream import EventReader
 from .upstream import (
     Context,
@@ -62,7 +63,8 @@ class Run(RunDriver):
 
     def outside_face(self) -> OutsideFace:
         """A face for a Context that is to show this run from outside."""
-        return OutsideFace(self.workflow, self.adapter, self._serializer or workflow_serializer(self.workflow))
+        serializer = as_context_serializer(self._serializer or workflow_serializer(self.workflow))
+        return OutsideFace(self.workflow, self.adapter, serializer)
 
     def running_steps(self) -> list[str]:
         """Names of the steps that are working or wait for a slot."""

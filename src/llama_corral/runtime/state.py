@@ -7,6 +7,7 @@ from typing import Any
 
 from ..aio import FlavourLock
 from .registry import register
+from .serializer import as_context_serializer
 from .upstream import (
     BaseSerializer,
     Context,
@@ -55,6 +56,7 @@ def new_context(
     Raises:
         ContextSerdeError: `previous` is not what `to_dict()` gave, or does not fit the workflow.
     """
+    serializer = as_context_serializer(serializer or workflow_serializer(workflow))
     return context_with_face(OwnPreContext(workflow, previous, serializer))
 
 

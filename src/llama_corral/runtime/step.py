@@ -15,6 +15,7 @@ import anyio.lowlevel
 
 from ..aio import SelfCancelled, call_asyncio, call_native
 from ..exceptions import FlavourError
+from .checks import tool_error
 from .nesting import StepActivity, set_activity
 from .options import StepFlavour
 from .registry import StepSpec
@@ -92,6 +93,7 @@ async def call_step(call: StepCall) -> list[StepWorkerOutput]:
     set_activity(call.activity)
     try:
         result = await _invoke(call)
+        _refuse_hidden_error(result, call)
         if isinstance(result, AddWaiter):
             returns.return_values.append(result)
         else:
@@ -253,6 +255,13 @@ def _explain(exc: Exception, call: StepCall) -> Exception:
     )
     error.__cause__ = exc
     return error
+
+
+def _refuse_hidden_error(result: Any, call: StepCall) -> None:
+    """Raise what an agent's tool raised if it met the wrong library: the agent would tell nobody but its LLM."""
+    error = tool_error(result)
+    if error is not None and (explained := _explain(error, call)) is not error:
+        raise explained
 
 
 def _use_flavour(other: StepFlavour) -> str:

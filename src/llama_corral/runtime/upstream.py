@@ -93,6 +93,7 @@ from workflows.runtime.types.results import (
     StepWorkerOutput,
     StepWorkerResult,
     StepWorkerStateContextVar,
+    StepWorkerWaiter,
     WaitingForEvent,
 )
 from workflows.runtime.types.step_function import (
@@ -174,6 +175,7 @@ __all__ = (
     "StepWorkerOutput",
     "StepWorkerResult",
     "StepWorkerStateContextVar",
+    "StepWorkerWaiter",
     "StopEvent",
     "TickAddEvent",
     "TickCancelRun",
@@ -215,6 +217,7 @@ __all__ = (
     "rebind",
     "reduce_tick",
     "restored_state",
+    "resuming_ticks",
     "runtime_of",
     "set_default_runtime",
     "set_face",
@@ -266,13 +269,36 @@ def context_parts(workflow: Workflow, context: Context[Any]) -> PreContext[Any]:
 
 
 def broker_config(workflow: Workflow) -> BrokerConfig:
-    """The broker's view of the workflow's steps; cached by upstream."""
-    return workflow._get_broker_config()
+    """The broker's view of the steps of a validated workflow. Upstream keeps it; 2.26.0 works it out each time."""
+    kept = getattr(workflow, "_get_broker_config", None)
+    return cast("BrokerConfig", kept()) if kept is not None else BrokerState.from_workflow(workflow).config
 
 
 def restored_state(workflow: Workflow, pre: PreContext[Any]) -> BrokerState:
     """The state of a run that starts from what a context carries."""
-    return BrokerState.from_serialized(pre.init_snapshot, workflow, pre.serializer)
+    state = BrokerState.from_serialized(pre.init_snapshot, workflow, pre.serializer)
+    for worker in state.workers.values():
+        for waiter in worker.collected_waiters:
+            # It requires nothing any more: nobody needs to ask its step (see `resuming_ticks`).
+            if waiter.resolved_event is not None:
+                waiter.has_requirements = False
+    return state
+
+
+def resuming_ticks(state: BrokerState) -> list[WorkflowTick]:
+    """What starts the steps once more whose waiters are in a snapshot without what they required.
+
+    Upstream starts them also where the same call is in the snapshot, at work or queued: it would run twice.
+    """
+    return [tick for tick in state.rehydrate_with_ticks() if not _is_under_way(state, tick)]
+
+
+def _is_under_way(state: BrokerState, tick: WorkflowTick) -> bool:
+    if not isinstance(tick, TickAddEvent) or tick.work_item_id is None:
+        return False
+    worker = state.workers[tick.step_id]
+    known = {call.work_item_id for call in worker.in_progress} | {call.work_item_id for call in worker.queue}
+    return tick.work_item_id in known
 
 
 def start_event_of(workflow: Workflow, start_event: StartEvent | None, kwargs: dict[str, Any]) -> StartEvent:
