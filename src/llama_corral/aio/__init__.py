@@ -4,6 +4,7 @@ On the asyncio backend everything here is the plain thing; on Trio an asyncio lo
 asyncio coroutines are awaited across the border.
 """
 
+from .bell import Bell as Bell
 from .flavour import caller_library as caller_library
 from .flavour import current_task_identity as current_task_identity
 from .flavour import in_foreign_library as in_foreign_library

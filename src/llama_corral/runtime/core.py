@@ -180,13 +180,13 @@ class RunCore:
             self._obey(command)
             if self._outcome is not None:
                 return
-        if isinstance(tick, TickStepResult):
+        if type(tick) is TickStepResult:
             self._note_waiters(tick)
 
     def _reduced(self, tick: WorkflowTick) -> list[WorkflowCommand]:
         now = self.now()
         before = self.broker_state
-        hidden = hide_answered(before) if isinstance(tick, TickAddEvent) else None
+        hidden = hide_answered(before) if type(tick) is TickAddEvent else None
         self.broker_state, commands = reduce_tick(stamped(tick, now), before, now, run_id=self.run_id)
         if hidden:
             show_answered(self.broker_state, hidden)
@@ -218,6 +218,7 @@ class RunCore:
                     recovery_counts=dict(command.recovery_counts),
                     scope_path=command.scope_path,
                     emission=command.emission,
+                    stamped_at=self.now(),
                 )
             )
         elif isinstance(command, CommandScheduleIdleCheck):
@@ -292,7 +293,8 @@ class RunCore:
             return
         if self._narrator is not None:
             self._narrator.event(event)
-        if isinstance(event, InternalDispatchEvent) and not self.options.internal_events:
+        # Not isinstance: pydantic makes that a call in Python, and this is done for every event.
+        if InternalDispatchEvent in type(event).__mro__ and not self.options.internal_events:
             return
         if self._hooks is not None:
             self._hooks.on_event(event)

@@ -20,7 +20,7 @@ import anyio
 import anyio.from_thread
 import anyio.lowlevel
 
-from ..aio import await_in, in_foreign_library, kept_tasks
+from ..aio import Bell, await_in, in_foreign_library, kept_tasks
 from ..exceptions import MailboxFull, RunClosed
 from .child_runtime import nest_by_default
 from .core import RunCore
@@ -36,7 +36,6 @@ from .registry import register, turns_of
 from .spans import RunSpan, is_watched, tag_run
 from .state import RunStateStore, fresh_store
 from .step import StepCall, call_step, result_tick
-from .stream import Bell
 from .upstream import (
     BaseSerializer,
     BrokerState,
@@ -412,6 +411,11 @@ class RunDriver(RunCore):
             adopted, self._adopted = self._adopted, []
             for child, variables in adopted:
                 variables.run(self._tasks.start_soon, child.drive)
+
+    @property
+    def is_child(self) -> bool:
+        """Whether a step of another run started it."""
+        return self._parent is not None
 
     async def wait_as_parent(self, is_blocked: Callable[[], bool], wait: Callable[[], Awaitable[None]]) -> None:
         """Await `wait()`, a wait for this run; where a step does that for a run of its own, it may be parked meanwhile."""

@@ -14,7 +14,7 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 
-from ..aio import caller_library
+from ..aio import Bell, caller_library
 from ..exceptions import FlavourError, RunClosed
 from .child_runtime import bind_children, start_as_child
 from .faces import RunAdapter
@@ -25,7 +25,6 @@ from .options import DEFAULT_EVENT_BUFFER, DEFAULT_MAILBOX, RunOptions
 from .registry import register
 from .run import Run
 from .scope import open_owned_tasks
-from .stream import Bell
 from .upstream import (
     BaseSerializer,
     BrokerState,

@@ -308,7 +308,7 @@ def start_event_of(workflow: Workflow, start_event: StartEvent | None, kwargs: d
 
 def stamped(tick: WorkflowTick, now: float) -> WorkflowTick:
     """The tick with the time at which it is reduced, if it is of a kind that carries one and has none."""
-    if isinstance(tick, STAMPED_TICK_TYPES) and tick.stamped_at is None:
+    if type(tick) in STAMPED_TICK_TYPES and tick.stamped_at is None:  # type: ignore[union-attr]
         return tick.model_copy(update={"stamped_at": now})
     return tick
 
