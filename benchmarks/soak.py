@@ -3,10 +3,11 @@
     python -m benchmarks.soak [--runs 50000] [--configurations trio,trio-hosted,asyncio] [--json FILE]
 
 Each configuration has a process of its own. After every tenth of the runs it collects garbage and looks at its resident
-memory and at what the runtime and upstream have made that is still there. The least number of objects in the second half of
-the looks must not be more than that in the first by one for every thousand runs, or the script ends with exit code 1 (the
-least, because a hosted loop sweeps its cancelled timers now and then, and their number goes up and down); memory is shown, because an allocator keeps what it likes. Cancel scopes are not counted: Trio
-keeps up to a thousand that have exited before it sweeps its heap of deadlines.
+memory and at what the runtime and upstream have made that is still there. The least number of objects in the second half
+of the looks must not be above that in the first by more than one for every thousand runs, or the script ends with exit code
+1. (The least, because a hosted loop sweeps its cancelled timers now and then, and their number goes up and down.) Memory is
+shown, because an allocator keeps what it likes. Cancel scopes are not counted: Trio keeps up to a thousand that have exited
+before it sweeps its heap of deadlines.
 """
 
 from __future__ import annotations
