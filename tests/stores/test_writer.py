@@ -287,7 +287,7 @@ async def test_leaving_the_block_commits_what_waits_and_refuses_the_rest(url: st
             await anyio.wait_all_tasks_blocked()
             task_group.start_soon(anyio.to_thread.run_sync, gate.open)
     accepted = sorted(task_id for task_id in "abcd" if not isinstance(results[task_id], Exception))
-    assert len(accepted) == 2  # what fits into the backlog
+    assert len(accepted) >= 2  # what fits into the backlog; before AnyIO 4.16 also who waits for room
     assert [task_id for task_id in "abcd" if not isinstance(results[task_id], StoreUnavailable)] == accepted
     for call in (store.accept(new_task("e")), store.get_task("a"), store.list_services()):
         with pytest.raises(StoreUnavailable):

@@ -1,7 +1,8 @@
 """Everything that the runtime takes from `workflows` (llama-index-workflows) stands in this module.
 
 The public names are the package's API. The others are internals: upstream may move them, which is why pyproject bounds
-the version and `tests/runtime/test_upstream.py` says clearly which name moved. Written against 2.26.
+the version and `tests/runtime/test_upstream.py` says clearly which name moved. Written against 2.26.1; works from 2.26.0 on,
+and where that one differs it is said here.
 
 What is taken is the pure half of upstream's broker: ticks, the reducer from state and tick to state and commands, the
 state itself and its serialization. What runs them (loop, tasks, timers, locks, mailboxes) is ours.
