@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .exceptions import CorralError as CorralError
     from .queues import MemoryMessageQueue as MemoryMessageQueue
     from .runtime import Run as Run
+    from .runtime import StructuredRuntime as StructuredRuntime
     from .runtime import open_run as open_run
     from .runtime import run_workflow as run_workflow
     from .services import BaseService as BaseService
@@ -55,6 +56,7 @@ _HOME = {
     "BaseService": "services",
     "Run": "runtime",
     "SqlStore": "stores",
+    "StructuredRuntime": "runtime",
     "SyncClient": "client",
     "WorkflowService": "services",
     "WorkflowServiceConfig": "services",

@@ -289,7 +289,8 @@ class Store(ABC):
     async def release(
         self, task_id: str, epoch: int, checkpoint: Checkpoint | None, now: float, *, idle: bool = False
     ) -> ReportAnswer:
-        """running or waiting -> queued, owner cleared, checkpoint replaced if one is given.
+        """running or waiting -> queued, owner cleared, checkpoint replaced if one is given. A task whose cancel was
+        requested ends as cancelled instead.
 
         `idle`: the run leaves memory until an event comes. It becomes waiting instead, without an owner, unless the inbox
         holds more than the checkpoint has applied: then it is queued."""
@@ -320,7 +321,8 @@ class Store(ABC):
     @abstractmethod
     async def reap(self, dead_instances: Sequence[str], now: float) -> list[Ticket]:
         """Queue again what these instances own, with attempts + 1; a task whose attempts are used up fails with type
-        `worker_lost`. Removes the instances. With unknown ids it does nothing."""
+        `worker_lost`, one whose cancel was requested ends as cancelled. Removes the instances. With unknown ids it does
+        nothing."""
 
     @abstractmethod
     async def due_tickets(self, *, limit: int = 1000, now: float | None = None) -> list[Ticket]:

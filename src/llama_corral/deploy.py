@@ -26,7 +26,7 @@ from .aio import open_asyncio_loop
 from .control_plane import ControlPlane, ControlPlaneConfig
 from .exceptions import SetupError
 from .queues import open_queue
-from .runtime import StepFlavour
+from .runtime import StepFlavour, check_served
 from .services import WorkflowService, WorkflowServiceConfig
 from .settings import ServerSettings
 from .stores import open_store
@@ -157,6 +157,7 @@ async def deploy_all(
     Raises:
         AddressError, StoreError, SetupError: something must be changed before it can run.
         WorkflowValidationError: a workflow that upstream would refuse to run.
+        FlavourError: an agent that cannot work in the step flavour.
     """
     options = options or DeployOptions()
     stop = trio.Event() if stop is None else stop
@@ -164,6 +165,7 @@ async def deploy_all(
         raise SetupError("there is no workflow to serve", hint="name at least one")
     for workflow in workflows.values():
         workflow.validate()
+        check_served(workflow, options.step_flavour, "trio")
     async with AsyncExitStack() as stack:
         if options.step_flavour == "asyncio":
             await stack.enter_async_context(open_asyncio_loop())

@@ -182,7 +182,7 @@ class EventsLost(RunError):
 
 
 class FlavourError(RunError):
-    """A step called a library of the other flavour. Fields: `step`, `flavour`."""
+    """A step called a library of the other flavour, or is known to before the run. Fields: `step`, `flavour`."""
 
     code = "flavour"
 

@@ -12,6 +12,7 @@ import trio.lowlevel
 
 from llama_corral.aio import (
     SelfCancelled,
+    await_in,
     call_asyncio,
     call_native,
     caller_library,
@@ -211,3 +212,40 @@ def test_importing_the_package_leaves_asyncio_alone():
         "assert 'trio' not in type(asyncio.run(where())).__module__\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=50)
+
+
+@pytest.mark.promise("P12")
+@pytest.mark.trio
+async def test_cancelled_timers_do_not_pile_up_and_the_others_stay_in_order():
+    came: list[int] = []
+    done = asyncio.Event()
+
+    async def many():
+        loop = asyncio.get_running_loop()
+        for number in reversed(range(5)):
+            loop.call_later(0.02 + number / 1000, came.append, number)
+        loop.call_later(0.04, done.set)
+        for number in range(2000):
+            async with asyncio.timeout(3600 + number):
+                await pause(0)
+        left = len(loop._timers)
+        await done.wait()
+        return left
+
+    async with open_asyncio_loop():
+        assert await call_asyncio(many) < 250
+    assert came == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.anyio
+async def test_awaiting_in_the_library_that_drives_the_thread(anyio_backend):
+    async def where(_):
+        return caller_library()
+
+    async def from_asyncio(backend):
+        return await await_in(backend, where, 1)
+
+    async with open_asyncio_loop():
+        assert await await_in(anyio_backend, where, 1) == anyio_backend
+        assert await call_asyncio(from_asyncio, anyio_backend) == anyio_backend
+        assert await await_in("asyncio", where, 1) == "asyncio"

@@ -22,21 +22,21 @@ FLOWS = ("hello", "work", "person", "stuck", "thread", "ticking", "counter", "po
 class Corral:
     """A served process and what can be asked of it. Started again, it finds its old port and file."""
 
-    def __init__(self, folder: Path, options: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, options: tuple[str, ...], module: str, names: tuple[str, ...]) -> None:
         self.marks = folder / "marks"
         self.marks.touch()
         self._folder = folder
         self._options = options
+        self._targets = [f"{name}={Path(__file__).with_name(module)}:{name}" for name in names]
         self._port = 0
         self.start()
         self.http = httpx.Client(base_url=self.url, timeout=TIME)
 
     def start(self) -> None:
-        targets = [f"{name}={Path(__file__).with_name('flows.py')}:{name}" for name in FLOWS]
         places = ["--port", str(self._port), "--store", f"sqlite:///{self._folder / 'corral.db'}"]
         with (self._folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "llama_corral.cli", "serve", *targets, *places, *self._options],
+                [sys.executable, "-m", "llama_corral.cli", "serve", *self._targets, *places, *self._options],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -85,8 +85,9 @@ class Corral:
     def cancel(self, task: str) -> httpx.Response:
         return self.http.post(f"/tasks/{task}/cancel")
 
-    def answer(self, task: str) -> httpx.Response:
-        event = {"__is_pydantic": True, "value": {"_data": {"response": "yes"}}, "qualified_name": ANSWER}
+    def answer(self, task: str, event: Any = None) -> httpx.Response:
+        if event is None:
+            event = {"__is_pydantic": True, "value": {"_data": {"response": "yes"}}, "qualified_name": ANSWER}
         body = {"agent_id": "", "event_obj_str": json.dumps(event)}
         return self.http.post(f"/tasks/{task}/send_event", json=body)
 
@@ -122,8 +123,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Corral]]:
     """Serves the flows with these options, once a test."""
     served: list[Corral] = []
 
-    def start(*options: str) -> Corral:
-        served.append(Corral(tmp_path, options))
+    def start(*options: str, module: str = "flows.py", names: tuple[str, ...] = FLOWS) -> Corral:
+        served.append(Corral(tmp_path, options, module, names))
         return served[-1]
 
     yield start

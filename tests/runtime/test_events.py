@@ -243,7 +243,7 @@ class Flood(Workflow):
 
 @pytest.mark.promise("P12")
 async def test_a_step_that_floods_its_run_fails_by_name(flavour, monkeypatch):
-    monkeypatch.setattr("llama_corral.runtime.run.INTERNAL_MAILBOX", 20)
+    monkeypatch.setattr("llama_corral.runtime.driver.INTERNAL_MAILBOX", 20)
     with pytest.raises(MailboxFull, match="'flood'") as caught:
         await run_workflow(Flood(), flavour=flavour)
     assert caught.value.fields["step"] == "flood"

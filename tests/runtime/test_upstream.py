@@ -1,7 +1,10 @@
-"""The contract with upstream: what `runtime/upstream.py` relies on is what the runtime was written against.
+"""The contract with upstream, first half: the names, signatures and fields that `runtime/upstream.py` relies on.
 
 If a test here fails after an upgrade of llama-index-workflows, the message names what moved. Compare it with the
-runtime, adapt `runtime/upstream.py`, and write the new signature down here.
+runtime, adapt `runtime/upstream.py`, and write down here what is there now. What the reducer does with ticks is the
+second half, in `test_upstream_ticks.py`. Both hold for every version that pyproject allows.
+
+Nothing is imported from the runtime: with a name gone it cannot be imported, and this is to say which name.
 """
 
 from __future__ import annotations
@@ -10,308 +13,358 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import typing
 from pathlib import Path
 
 import pytest
-from workflows import Context, Workflow, step
-from workflows.events import Event, HumanResponseEvent, StartEvent, StopEvent, UnhandledEvent, WorkflowIdleEvent
 
-import llama_corral.runtime
-from llama_corral.runtime import upstream as up
+import llama_corral
 
-SOURCE = Path(up.__file__)
-
-
-def imported_names() -> list[tuple[str, str]]:
-    tree = ast.parse(SOURCE.read_text())
-    return [
-        (node.module, alias.name)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("workflows")
-        for alias in node.names
-    ]
+RUNTIME = Path(llama_corral.__file__).parent / "runtime"
+SOURCE = RUNTIME / "upstream.py"
+UPSTREAM = ("workflows", "llama_index_instrumentation")
 
 
-@pytest.mark.parametrize(("module", "name"), imported_names())
-def test_every_name_is_there(module, name):
+def imports(path: Path) -> list[tuple[str, str]]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found += [(node.module or "", alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+    return [(module, name) for module, name in found if module.split(".")[0] in UPSTREAM]
+
+
+def find(module, path):
+    """What is at a dotted path in a module. Fails with the part that moved."""
     try:
         found = importlib.import_module(module)
     except ImportError:
-        pytest.fail(f"upstream moved the module {module!r}, from which {name!r} was taken")
-    assert hasattr(found, name), f"upstream moved {name!r}: it is not in {module!r} any more"
+        pytest.fail(f"upstream moved the module {module!r}, from which {path!r} was taken")
+    for number, name in enumerate(path.split(".")):
+        if not hasattr(found, name):
+            where = ".".join([module, *path.split(".")[:number]])
+            pytest.fail(f"upstream moved {name!r}: it is not in {where!r} any more")
+        found = getattr(found, name)
+    return found
+
+
+def flat(table):
+    return [(module, path, expected) for module, paths in table.items() for path, expected in paths.items()]
+
+
+@pytest.mark.parametrize(("module", "name"), imports(SOURCE))
+def test_every_name_is_there(module, name):
+    find(module, name)
 
 
 def test_nobody_else_in_the_runtime_touches_upstream():
-    for path in Path(llama_corral.runtime.__file__).parent.glob("*.py"):
-        if path != SOURCE:
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.ImportFrom):
-                    assert not (node.module or "").startswith("workflows"), f"{path.name} imports {node.module}"
+    others = {path.name: imports(path) for path in RUNTIME.rglob("*.py") if path != SOURCE}
+    assert len(others) > 10
+    assert not {name: found for name, found in others.items() if found}
 
 
-PARAMETERS = {
-    "reduce_tick": (up.reduce_tick, ["tick", "init", "now_seconds", "run_id"]),
-    "decide_retry_delay": (
-        up.decide_retry_delay,
-        ["policy", "elapsed_time", "failures", "exception", "run_id", "step_name"],
-    ),
-    "event_matches": (up.event_matches, ["event", "accepted", "allow_subclasses"]),
-    "step_accepts_event": (up.step_accepts_event, ["event", "accepted_events", "allow_subclasses"]),
-    "infer_state_type": (up.infer_state_type, ["workflow"]),
-    "is_durable_serialized_state": (up.is_durable_serialized_state, ["data"]),
-    "PreContext": (up.PreContext.__init__, ["self", "workflow", "previous_context", "serializer"]),
-    "InternalContext": (up.InternalContext.__init__, ["self", "internal_adapter", "workflow"]),
-    "InternalContext.send_event": (up.InternalContext.send_event, ["self", "message", "step"]),
-    "InternalContext._execute_task": (up.InternalContext._execute_task, ["self", "coro"]),
-    "InternalContext._get_step_ctx": (up.InternalContext._get_step_ctx, ["fn"]),
-    "ExternalContext": (up.ExternalContext.__init__, ["self", "workflow", "external_adapter", "serializer"]),
-    "ExternalContext._execute_task": (up.ExternalContext._execute_task, ["self", "coro"]),
-    "InMemoryStateStore": (up.InMemoryStateStore.__init__, ["self", "initial_state"]),
-    "InMemoryStateStore.from_dict": (up.InMemoryStateStore.from_dict, ["serialized_state", "serializer"]),
-    "Context._create_face": (up.Context._create_face, ["face"]),
-    "BrokerState.from_workflow": (up.BrokerState.from_workflow, ["workflow"]),
-    "BrokerState.from_serialized": (up.BrokerState.from_serialized, ["serialized", "workflow", "serializer"]),
-    "BrokerState.rehydrate_with_ticks": (up.BrokerState.rehydrate_with_ticks, ["self"]),
-    "StepId.root": (up.StepId.root, ["name"]),
-    "Workflow._get_start_event_instance": (
-        up.Workflow._get_start_event_instance,
-        ["self", "start_event", "kwargs"],
-    ),
-    "Workflow._get_steps": (up.Workflow._get_steps, ["self"]),
-    "Workflow._validate_valid_step_message": (
-        up.Workflow._validate_valid_step_message,
-        ["self", "step", "message"],
-    ),
-    "StepWorkerContext.record_send": (
-        up.StepWorkerContext.record_send,
-        ["self", "event", "step_id", "recovery_counts"],
-    ),
+# Parameters of what the runtime calls, and of what it overrides. `=` marks those with a default.
+SIGNATURES = {
+    "workflows.workflow": {
+        "Workflow.run": "self, ctx=, start_event=, **kwargs",
+        "Workflow._get_start_event_instance": "self, start_event, **kwargs",
+        "Workflow._get_steps": "self",
+        "Workflow._switch_runtime": "self, new_runtime",
+        "Workflow._validate": "self, *, validate_resource_configs=, validate_resources=, force=",
+        "Workflow._validate_valid_step_message": "self, step, message",
+    },
+    "workflows.handler": {
+        "WorkflowHandler": "workflow, external_adapter, ctx=",
+        "WorkflowHandler.cancel_run": "self, *, timeout=",
+        "WorkflowHandler.stream_events": "self, expose_internal=",
+    },
+    "workflows.context": {
+        "Context._create_face": "face",
+        "Context.from_dict": "workflow, data, serializer=",
+        "Context.to_dict": "self, serializer=, *, include_state=",
+    },
+    "workflows.context.pre_context": {"PreContext": "workflow, previous_context=, serializer="},
+    "workflows.context.internal_context": {
+        "InternalContext": "internal_adapter, workflow",
+        "InternalContext._execute_task": "self, coro",
+        "InternalContext._get_step_ctx": "fn",
+        "InternalContext.cancel_background_tasks": "self",
+        "InternalContext.retry_info": "self",
+        "InternalContext.send_event": "self, message, step=",
+        "InternalContext.write_event_to_stream": "self, ev",
+    },
+    "workflows.context.external_context": {
+        "ExternalContext": "workflow, external_adapter, serializer=",
+        "ExternalContext._execute_task": "self, coro",
+        "ExternalContext.to_dict": "self, serializer=, *, include_state=",
+    },
+    "workflows.context.state_store": {
+        "InMemoryStateStore": "initial_state",
+        "InMemoryStateStore.from_dict": "serialized_state, serializer",
+        "infer_state_type": "workflow",
+        "is_durable_serialized_state": "data",
+    },
+    "workflows._event_matching": {
+        "event_matches": "event, accepted, *, allow_subclasses",
+        "step_accepts_event": "event, accepted_events, *, allow_subclasses",
+    },
+    "workflows._event_summary": {"summarize_event": "event, max_length="},
+    "workflows.runtime.control_loop.reduce": {
+        "_reduce_tick": "tick, init, now_seconds, run_id=",
+        "_decide_retry_delay": "policy, *, elapsed_time, failures, exception, run_id, step_name",
+    },
+    "workflows.runtime.types.internal_state": {
+        "BrokerState.deepcopy": "self",
+        "BrokerState.from_serialized": "serialized, workflow, serializer",
+        "BrokerState.from_workflow": "workflow",
+        "BrokerState.rehydrate_with_ticks": "self",
+        "BrokerState.to_serialized": "self, serializer",
+        "InternalStepWorkerState._deepcopy": "self",
+    },
+    "workflows.runtime.types.step_id": {"StepId.root": "name"},
+    "workflows.runtime.types.results": {
+        "StepWorkerContext.record_send": "self, event, step_id, recovery_counts",
+        "WaitingForEvent": "add",
+    },
+    "workflows.runtime.types.plugin": {
+        "Runtime": "*, default_serializer=",
+        "Runtime.get_external_adapter": "self, run_id",
+        "Runtime.get_internal_adapter": "self, workflow",
+        "Runtime.get_serializer": "self, workflow",
+        "Runtime.register": "self, workflow",
+        "Runtime.registering": "self",
+        "Runtime.run_workflow": "self, run_id, workflow, init_state, start_event=, serialized_state=, serializer=",
+        "Runtime.track_workflow": "self, workflow",
+        "Runtime.untrack_workflow": "self, workflow",
+        "InternalRunAdapter.on_tick": "self, tick",
+        "InternalRunAdapter.send_event": "self, tick",
+        "InternalRunAdapter.wait_receive": "self, timeout_seconds=",
+        "InternalRunAdapter.write_to_event_stream": "self, event",
+        "ExternalRunAdapter.get_state_store": "self, namespace=",
+        "RegisteredWorkflow": "workflow, workflow_run_fn, steps",
+        "WeakIdentityKeyDictionary": "",
+        "WeakIdentityKeyDictionary.get": "self, key",
+    },
+    "workflows.runtime.runtime_decorators": {"BaseRuntimeDecorator": "decorated, *, default_serializer="},
+    "workflows.runtime.verbose": {
+        "VerboseDecorator": "decorated",
+        "_VerboseInternalRunAdapter": "decorated, output",
+        "_VerboseInternalRunAdapter.on_tick": "self, tick",
+        "_VerboseInternalRunAdapter.write_to_event_stream": "self, event",
+    },
+    "llama_index_instrumentation": {"get_dispatcher": "name="},
+    "llama_index_instrumentation.dispatcher": {
+        "Dispatcher.capture_propagation_context": "self",
+        "Dispatcher.event": "self, event, **kwargs",
+        "Dispatcher.restore_propagation_context": "self, context",
+        "Dispatcher.span": "self, func",
+        "Dispatcher.span_drop": "self, id_, bound_args, instance=, err=, **kwargs",
+        "Dispatcher.span_enter": "self, id_, bound_args, instance=, parent_id=, tags=, **kwargs",
+        "Dispatcher.span_exit": "self, id_, bound_args, instance=, result=, **kwargs",
+        "instrument_tags": "new_tags",
+    },
 }
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_callables_take_what_we_give(name):
-    function, expected = PARAMETERS[name]
-    actual = list(inspect.signature(function).parameters)
-    assert actual == expected, f"upstream changed the parameters of {name}: {actual}, written against {expected}"
-
-
-FIELDS = {
-    up.TickAddEvent: {
-        "event",
-        "step_id",
-        "origin_namespace",
-        "recovery_counts",
-        "scope_path",
-        "emission",
-        "stamped_at",
-        "work_item_id",
-    },
-    up.TickStepResult: {
-        *("step_id", "worker_id", "invocation_namespace", "event", "result"),
-        *("stamped_at", "invocation_id", "sends"),
-    },
-    up.TickTimeout: {"timeout", "stamped_at"},
-    up.TickWaiterTimeout: {"step_id", "waiter_id", "invocation_namespace", "stamped_at"},
-    up.TickWakeup: {"due", "stamped_at"},
-    up.TickSessionStart: {"stamped_at"},
-    up.StepWorkerResult: {"result", "fanned_out"},
-    up.StepWorkerFailed: {"exception", "failed_at", "retry_decision", "first_attempt_at"},
-    up.RetryDecision: {"delay"},
-    up.AddWaiter: {"waiter_id", "event_type", "requirements", "timeout", "waiter_event"},
-    up.DeleteWaiter: {"waiter_id"},
-    up.SentEvent: {"index", "event", "step_id", "recovery_counts"},
-    up.StepWorkerContext: {"event", "state", "returns", "retry", "sends"},
-    up.RetryAttempt: {"retry_number", "first_attempt_at", "last_exception", "last_failed_at", "recovery_counts"},
-    up.InProgressState: {
-        *("event", "attempts", "first_attempt_at", "shared_state"),
-        *("invocation_id", "recovery_counts", "work_item_id"),
-    },
-    up.StepWorkerWaiter: {
-        *("waiter_id", "waiting_for_event", "requirements", "has_requirements"),
-        *("resolved_event", "timed_out", "work_item_id"),
-    },
-    up.BrokerState: {"workers", "config", "is_running", "children", "elapsed_alive"},
-    up.CommandRunWorker: {"step_id", "event", "id", "invocation_id", "invocation_namespace", "bound_events"},
-    up.CommandQueueEvent: {"event", "step_id", "origin_namespace", "recovery_counts", "scope_path", "emission"},
-    up.CommandPublishEvent: {"event"},
-    up.CommandCompleteRun: {"result"},
-    up.CommandFailWorkflow: {"exception"},
-    up.CommandHalt: {"exception"},
-    up.CommandScheduleWaiterTimeout: {"step_id", "waiter_id", "timeout", "invocation_namespace"},
-    up.CommandScheduleTimeout: {"timeout", "at_time"},
-    up.CommandScheduleWakeup: {"at_time"},
-    up.StepConfig: {
-        *("accepted_events", "event_name", "context_parameter", "resources", "num_workers", "retry_policy"),
-        *("collection_param", "bare_return_types", "accept_event_subclasses"),
-    },
-    up.UnhandledEvent: {"event_type", "qualified_name", "step_name", "idle"},
-    up.RetryInfo: {"retry_number", "elapsed_seconds", "last_exception", "last_failed_at"},
-}
-
-
-@pytest.mark.parametrize("cls", FIELDS, ids=lambda cls: cls.__name__)
-def test_data_has_the_fields_we_use(cls):
-    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-    actual = {field.name for field in fields} or set(cls.model_fields)
-    missing = FIELDS[cls] - actual
-    assert not missing, f"upstream moved fields of {cls.__name__}: {sorted(missing)} are gone"
-
-
-def test_the_runtime_knows_every_command_and_every_stamped_tick():
-    from workflows.runtime.types import commands, ticks
-
-    known = {name for _, name in imported_names()}
-    there = {name for name in vars(commands) if name.startswith("Command")}
-    assert there <= known, f"upstream added commands: {sorted(there - known)}"
-    unstamped = {up.TickCancelRun, up.TickIdleCheck}
-    stamped = set(up.STAMPED_TICK_TYPES)
-    mine = {
-        up.TickSessionStart,
-        up.TickAddEvent,
-        up.TickStepResult,
-        up.TickTimeout,
-        up.TickWaiterTimeout,
-        up.TickWakeup,
-    }
-    assert mine == stamped, f"upstream changed STAMPED_TICK_TYPES: {sorted(t.__name__ for t in mine ^ stamped)}"
-    assert not unstamped & stamped
-    assert ticks.WorkflowTick is not None
-
-
-class Item(Event):
-    n: int = 0
-
-
-class Sample(Workflow):
-    @step
-    async def first(self, ev: StartEvent) -> Item:
-        return Item()
-
-    @step
-    async def second(self, ctx: Context, ev: Item) -> StopEvent:
-        return StopEvent()
-
-
-def test_private_attributes_of_a_workflow():
-    workflow = Sample(timeout=3)
-    assert set(up.step_functions(workflow)) == {"first", "second"}
-    assert up.workflow_timeout(workflow) == 3
-    assert up.workflow_resources(workflow) == {}
-    assert up.step_version(workflow) == 0
-    assert isinstance(up.start_event_of(workflow, None, {"a": 1}), StartEvent)
-    config = up.step_config(up.step_functions(workflow)["second"])
-    assert (config.event_name, config.context_parameter) == ("ev", "ctx")
-
-
-class Recorded:
-    """The reducer, fed with one tick after another."""
-
-    def __init__(self):
-        self.state = up.BrokerState.from_workflow(Sample())
-        self.started: list[up.CommandRunWorker] = []
-
-    def __call__(self, tick, now=1.0):
-        self.state, commands = up.reduce_tick(up.stamped(tick, now), self.state, now, run_id="recorded")
-        self.started += [command for command in commands if isinstance(command, up.CommandRunWorker)]
-        return commands
-
-    def result(self, *results, now=2.0, sends=()):
-        command = self.started[-1]
-        return self(
-            up.TickStepResult(
-                step_id=command.step_id,
-                worker_id=command.id,
-                event=command.event,
-                result=list(results),
-                stamped_at=now,
-                invocation_id=command.invocation_id,
-                sends=list(sends),
-            )
-        )
-
-
-def kinds(commands):
+def parameters(function):
     shown = []
-    for command in commands:
-        name = type(command).__name__.removeprefix("Command")
-        if isinstance(command, up.CommandPublishEvent):
-            name += f"({type(command.event).__name__})"
-        shown.append(name)
-    return shown
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in shown:
+            shown.append("*")
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        shown.append(f"{stars}{parameter.name}{'' if parameter.default is parameter.empty else '='}")
+    return ", ".join(shown)
 
 
-def started() -> Recorded:
-    recorded = Recorded()
-    assert kinds(recorded(up.TickSessionStart())) == []
-    commands = recorded(up.TickAddEvent(event=StartEvent()))
-    assert kinds(commands) == ["RunWorker", "PublishEvent(StepStateChanged)"]
-    return recorded
+@pytest.mark.parametrize(("module", "path", "expected"), flat(SIGNATURES))
+def test_callables_take_what_we_give(module, path, expected):
+    actual = parameters(find(module, path))
+    assert actual == expected, f"upstream changed the parameters of {path}: ({actual}), written against ({expected})"
 
 
-def test_recorded_a_run_to_its_end():
-    recorded = started()
-    assert recorded.state.is_running
-    commands = recorded.result(up.StepWorkerResult(result=Item(n=1)))
-    assert kinds(commands) == ["PublishEvent(StepStateChanged)", "QueueEvent"]
-    queued = commands[-1]
-    commands = recorded(up.TickAddEvent(event=queued.event, emission=queued.emission))
-    assert kinds(commands) == ["RunWorker", "PublishEvent(StepStateChanged)"]
-    assert recorded(up.TickAddEvent(event=queued.event, emission=queued.emission)) == []  # delivered once
-    commands = recorded.result(up.StepWorkerResult(result=StopEvent(result=1)))
-    assert kinds(commands) == ["PublishEvent(StepStateChanged)", "PublishEvent(StopEvent)", "CompleteRun"]
-    assert not recorded.state.is_running
+# What a subclass of ours must define. One more, and none of them can be made.
+ABSTRACT = {
+    "workflows.runtime.types.plugin": {
+        "Runtime": "get_external_adapter get_internal_adapter register run_workflow",
+        "InternalRunAdapter": "get_now run_id send_event wait_receive write_to_event_stream",
+        "ExternalRunAdapter": "get_result run_id send_event stream_published_events",
+        "SnapshottableAdapter": "init_state replay",
+        "V2RuntimeCompatibilityShim": "abort get_result_or_none is_running",
+    },
+}
 
 
-def test_recorded_a_waiter_and_its_timeout():
-    recorded = started()
-    waiter = up.AddWaiter(waiter_id="w", event_type=HumanResponseEvent, timeout=9.0)
-    commands = recorded.result(waiter)
-    assert kinds(commands) == ["PublishEvent(StepStateChanged)", "ScheduleWaiterTimeout", "ScheduleIdleCheck"]
-    assert kinds(recorded(up.TickIdleCheck())) == [f"PublishEvent({WorkflowIdleEvent.__name__})"]
-    assert kinds(recorded(up.TickAddEvent(event=Event()))) == [
-        f"PublishEvent({UnhandledEvent.__name__})",
-        "ScheduleIdleCheck",
+@pytest.mark.parametrize(("module", "path", "expected"), flat(ABSTRACT))
+def test_subclasses_define_what_is_asked_of_them(module, path, expected):
+    moved = set(find(module, path).__abstractmethods__) ^ set(expected.split())
+    assert not moved, f"upstream changed what a {path} must define: {sorted(moved)}"
+
+
+# Fields that the runtime reads or sets. There may be others: they have defaults, or ours could not be made.
+FIELDS = {
+    "workflows.runtime.types.ticks": {
+        "TickAddEvent": "event step_id origin_namespace recovery_counts scope_path emission stamped_at",
+        "TickStepResult": "step_id worker_id invocation_namespace event result stamped_at invocation_id sends",
+        "TickTimeout": "timeout stamped_at",
+        "TickWaiterTimeout": "step_id waiter_id invocation_namespace stamped_at",
+        "TickWakeup": "due stamped_at",
+        "TickSessionStart": "stamped_at",
+    },
+    "workflows.runtime.types.commands": {
+        "CommandRunWorker": "step_id event id invocation_id invocation_namespace bound_events",
+        "CommandQueueEvent": "event step_id origin_namespace recovery_counts scope_path emission",
+        "CommandPublishEvent": "event",
+        "CommandCompleteRun": "result",
+        "CommandFailWorkflow": "exception",
+        "CommandHalt": "exception",
+        "CommandScheduleWaiterTimeout": "step_id waiter_id timeout invocation_namespace",
+        "CommandScheduleTimeout": "timeout at_time",
+        "CommandScheduleWakeup": "at_time",
+    },
+    "workflows.runtime.types.results": {
+        "AddWaiter": "waiter_id event_type requirements timeout waiter_event",
+        "DeleteWaiter": "waiter_id",
+        "EmissionKey": "invocation_id index",
+        "RetryAttempt": "retry_number first_attempt_at last_exception last_failed_at recovery_counts",
+        "RetryDecision": "delay",
+        "Returns": "return_values",
+        "SentEvent": "index event step_id recovery_counts",
+        "StepSends": "entries closed",
+        "StepWorkerContext": "event state returns retry sends",
+        "StepWorkerFailed": "exception failed_at retry_decision first_attempt_at",
+        "StepWorkerResult": "result fanned_out",
+        "StepWorkerState": "step_name collection_release_payload collected_events collected_waiters invocation_id",
+        "StepWorkerWaiter": "waiter_id waiting_for_event requirements has_requirements resolved_event timed_out",
+        "CollectionReleasePayload": "events",
+    },
+    "workflows.runtime.types.internal_state": {
+        "BrokerConfig": "steps",
+        "BrokerState": "is_running config workers children elapsed_alive deliveries",
+        "InternalStepConfig": "accepted_events accept_event_subclasses retry_policy",
+        "InternalStepWorkerState": "queue config in_progress collected_events collected_waiters",
+        "InProgressState": "event attempts first_attempt_at last_exception last_failed_at recovery_counts "
+        "shared_state invocation_id",
+    },
+    "workflows.context.context_types": {"SerializedContext": "state is_running workers deliveries"},
+    "workflows.decorators": {
+        "StepConfig": "accepted_events event_name context_parameter resources collection_param bare_return_types",
+    },
+    "workflows.resource": {"ResourceDefinition": "name resource type_annotation"},
+    "workflows.retry_policy": {"RetryInfo": "retry_number elapsed_seconds last_exception last_failed_at"},
+    "workflows.events": {"UnhandledEvent": "event_type qualified_name step_name idle"},
+    "workflows.runtime.types.step_function": {
+        "SpanCancelledEvent": "reason",
+        "WorkflowRunOutputEvent": "output",
+        "WorkflowStepOutputEvent": "output",
+    },
+    "llama_index_instrumentation.events.span": {"SpanDropEvent": "span_id err_str"},
+    "llama_index_instrumentation.dispatcher": {"Dispatcher": "span_handlers event_handlers propagate"},
+}
+
+
+@pytest.mark.parametrize(("module", "path", "expected"), flat(FIELDS))
+def test_data_has_the_fields_we_use(module, path, expected):
+    cls = find(module, path)
+    fields = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set(cls.model_fields)
+    missing = set(expected.split()) - fields
+    assert not missing, f"upstream moved fields of {path}: {sorted(missing)} are gone"
+
+
+# Properties and methods that are overridden or called, with nothing to compare but that they are there.
+MEMBERS = {
+    "workflows.context.pre_context": {"PreContext": "init_snapshot is_running serialized_state serializer store"},
+    "workflows.context.external_context": {"ExternalContext": "_state is_running"},
+    "workflows.context.state_store": {"InMemoryStateStore": "_lock"},
+    "workflows.context.serializers": {"BaseSerializer": "serialize deserialize"},
+    "workflows.decorators": {"StepConfig": "is_fan_out"},
+    "workflows.resource": {"_Resource": "resolve get_dependencies set_type_annotation"},
+    "workflows.runtime.types.plugin": {"InternalRunAdapter": "after_tick close finalize_step get_now is_replaying"},
+}
+
+
+@pytest.mark.parametrize(("module", "path", "expected"), flat(MEMBERS))
+def test_classes_have_the_members_we_use(module, path, expected):
+    cls = find(module, path)
+    missing = [name for name in expected.split() if not hasattr(cls, name)]
+    assert not missing, f"upstream moved members of {path}: {missing} are gone"
+
+
+def commands_and_ticks():
+    unions = [
+        ("workflows.runtime.types.commands", "WorkflowCommand"),
+        ("workflows.runtime.types.ticks", "WorkflowTick"),
     ]
-    scheduled = up.TickWaiterTimeout(step_id=up.StepId.root("first"), waiter_id="w")
-    assert kinds(recorded(scheduled, now=11.0)) == ["RunWorker", "PublishEvent(StepStateChanged)"]
-    assert recorded.started[-1].event == recorded.started[0].event
+    for module, name in unions:
+        union = find(module, name)
+        members = typing.get_args(union)
+        if typing.get_origin(union) is typing.Annotated:
+            members = typing.get_args(members[0])
+        yield from (member.__name__ for member in members)
 
 
-def test_recorded_a_waiter_gets_its_event():
-    recorded = started()
-    recorded.result(up.AddWaiter(waiter_id="w", event_type=HumanResponseEvent))
-    commands = recorded(up.TickAddEvent(event=HumanResponseEvent(response="yes")))
-    assert kinds(commands) == ["RunWorker", "PublishEvent(StepStateChanged)"]
-    waiters = recorded.state.workers[up.StepId.root("first")].collected_waiters
-    assert [waiter.resolved_event.response for waiter in waiters] == ["yes"]
+def test_the_runtime_knows_every_command_and_every_tick():
+    known = {name for _, name in imports(SOURCE)}
+    # Ticks that upstream's own runtimes make for themselves: what they do, a run of ours does without a tick.
+    unused = {"TickPublishEvent", "TickIdleRelease"}
+    new = set(commands_and_ticks()) - known
+    assert new == unused, f"upstream added {sorted(new - unused)}, or took away {sorted(unused - new)}"
 
 
-def test_recorded_a_retry():
-    recorded = started()
-    failed = up.StepWorkerFailed(
-        exception=ConnectionError(), failed_at=2.0, retry_decision=up.RetryDecision(delay=5.0), first_attempt_at=1.0
-    )
-    commands = recorded.result(failed)
-    assert kinds(commands) == ["ScheduleWakeup", "PublishEvent(StepStateChanged)"] or kinds(commands) == [
-        "PublishEvent(StepStateChanged)",
-        "ScheduleWakeup",
-    ]
-    wakeup = next(command for command in commands if isinstance(command, up.CommandScheduleWakeup))
-    assert wakeup.at_time == 7.0
-    assert kinds(recorded(up.TickWakeup(due=7.0), now=7.0)) == ["RunWorker", "PublishEvent(StepStateChanged)"]
+def test_the_ticks_that_carry_a_time():
+    stamped = {cls.__name__ for cls in find("workflows.runtime.types.ticks", "STAMPED_TICK_TYPES")}
+    known = {"TickSessionStart", "TickAddEvent", "TickStepResult", "TickTimeout", "TickWaiterTimeout", "TickWakeup"}
+    assert stamped == known, f"upstream changed STAMPED_TICK_TYPES: {sorted(stamped ^ known)}"
 
 
-def test_recorded_a_failure_a_cancellation_and_a_timeout():
-    recorded = started()
-    failed = up.StepWorkerFailed(
-        exception=LookupError(), failed_at=2.0, retry_decision=up.RetryDecision(delay=None), first_attempt_at=1.0
-    )
-    commands = recorded.result(failed)
-    assert kinds(commands)[1:] == ["PublishEvent(WorkflowFailedEvent)", "FailWorkflow"]
-    commands = started()(up.TickCancelRun())
-    assert kinds(commands)[:2] == ["PublishEvent(WorkflowCancelledEvent)", "Halt"]
-    commands = started()(up.TickTimeout(timeout=10.0), now=12.0)
-    assert kinds(commands)[:2] == ["PublishEvent(WorkflowTimedOutEvent)", "Halt"]
-    early = started()(up.TickTimeout(timeout=10.0), now=5.0)
-    assert [command.at_time for command in early if isinstance(command, up.CommandScheduleTimeout)] == [11.0]
+def a_workflow():
+    from workflows import Context, Workflow, step
+    from workflows.events import StartEvent, StopEvent
+
+    class Sample(Workflow):
+        @step
+        async def only(self, ctx: Context, ev: StartEvent) -> StopEvent:
+            return StopEvent()
+
+    return Sample(timeout=3, verbose=True, num_concurrent_runs=2)
+
+
+# Private attributes that `runtime/upstream.py` and the faces read, and what they hold for the workflow above.
+ATTRIBUTES = {
+    "workflow._timeout": 3,
+    "workflow._num_concurrent_runs": 2,
+    "workflow._verbose": True,
+    "workflow._runtime_locked": False,
+    "workflow._step_functions_version": 0,
+    "workflow._resource_manager.resources": {},
+    "workflow._dispatcher.name": "workflows.workflow",
+    "workflow._runtime.__class__.__name__": "VerboseDecorator",
+    "workflow._runtime._decorated.__class__.__name__": "BasicRuntime",
+    "workflow._runtime._output.__name__": "print",
+    "workflow.only._step_config.event_name": "ev",
+    "workflow.only._step_config.context_parameter": "ctx",
+    "context._face.__class__.__name__": "PreContext",
+    "context._face._serializer.__class__.__name__": "JsonSerializer",
+    "context._face._workflow._timeout": 3,
+    "context._face._store": None,
+    "context._face._init_snapshot.is_running": False,
+}
+
+
+@pytest.mark.parametrize("path", ATTRIBUTES)
+def test_private_attributes(path):
+    from workflows import Context
+
+    workflow = a_workflow()
+    found = {"workflow": workflow, "context": Context(workflow)}[path.split(".")[0]]
+    for name in path.split(".")[1:]:
+        assert hasattr(found, name), f"upstream moved {name!r} of {path}"
+        found = getattr(found, name)
+    assert found == ATTRIBUTES[path]
+
+
+def test_the_runtime_of_who_chose_none():
+    assert find("workflows.runtime.types.plugin", "_current_runtime").get() is None
+    basic = find("workflows.plugins", "basic_runtime")
+    with basic.registering():
+        assert find("workflows.runtime.types.plugin", "_current_runtime").get() is basic

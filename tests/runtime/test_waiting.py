@@ -5,6 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 import trio
+import trio.testing
 from workflows import Context, Workflow, step
 from workflows.errors import WorkflowTimeoutError
 from workflows.events import Event, HumanResponseEvent, InputRequiredEvent, StartEvent, StopEvent, WorkflowTimedOutEvent
@@ -197,3 +198,18 @@ async def test_a_waiting_run_does_nothing(flavour, mock_clock):
         assert run.statistics().ticks == before
         mock_clock.jump(DAY)
         assert await run.result() == "nobody came"
+
+
+@TRIO_FLAVOURS
+@pytest.mark.trio
+async def test_a_timeout_counts_from_the_runs_turn(flavour, autojump_clock):
+    workflow = Ask(timeout=10, num_concurrent_runs=1)
+    async with open_run(workflow, flavour=flavour) as first:
+        await trio.testing.wait_all_tasks_blocked()
+        async with open_run(workflow, flavour=flavour) as second:
+            await trio.sleep(9)
+            first.send_event(HumanResponseEvent(response="first"))
+            await first.result()
+            await trio.sleep(9)
+            second.send_event(HumanResponseEvent(response="second"))
+            assert await second.result() == "second"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -12,8 +11,6 @@ from typing import Any
 
 import anyio
 import anyio.abc
-import sniffio
-import trio
 from workflows import Workflow
 from workflows.context import JsonSerializer
 from workflows.events import HumanResponseEvent
@@ -27,23 +24,10 @@ from llama_corral.queues.memory import MemoryMessageQueue
 from llama_corral.services import WorkflowService, WorkflowServiceConfig
 from llama_corral.stores import SqlStore
 
+from ..moments import living_tasks as living_tasks
+
 PATIENCE = 8.0
 """Seconds after which a test that waits for something gives up."""
-
-
-def living_tasks() -> set[Any]:
-    """Every task of the running loop: Trio's whole tree, or asyncio's set."""
-    if sniffio.current_async_library() == "asyncio":
-        return set(asyncio.all_tasks())
-    return set(_below(trio.lowlevel.current_root_task()))
-
-
-def _below(task: trio.lowlevel.Task | None) -> Iterator[trio.lowlevel.Task]:
-    if task is not None:
-        yield task
-        for nursery in task.child_nurseries:
-            for child in nursery.child_tasks:
-                yield from _below(child)
 
 
 async def until(condition: Callable[[], Any]) -> None:

@@ -158,6 +158,45 @@ def test_nested_types_and_classes_named_in_code_are_known(codec):
     assert not {"Begin", "StopEvent", "StartEvent", "Person"} & set(names)
 
 
+class AskedByHelper(Event):
+    n: int
+
+
+class KeptByHelper(pydantic.BaseModel):
+    n: int
+
+
+class Helped(Workflow):
+    def __init__(self, *others: Workflow) -> None:
+        super().__init__()
+        self.others = list(others)
+
+    async def _ask(self, ctx: Context) -> list[AskedByHelper]:
+        return [await self._wait(ctx) for _ in range(2)]
+
+    async def _wait(self, ctx: Context) -> AskedByHelper:
+        await ctx.store.set("kept", [KeptByHelper(n=n) for n in range(2)])
+        return await ctx.wait_for_event(AskedByHelper)
+
+    def unreached(self) -> Extra:
+        return Extra(n=1)
+
+    @step
+    async def begin(self, ev: StartEvent, ctx: Context) -> StopEvent:
+        return StopEvent(result=await self._ask(ctx))
+
+
+def test_classes_named_by_methods_that_the_steps_call_are_known():
+    codec = WorkflowCodec(Helped())
+    assert codec.decode_event('{"type": "AskedByHelper", "value": {"n": 1}}') == AskedByHelper(n=1)
+    kept = KeptByHelper(n=1)
+    assert codec.serializer.deserialize(JsonSerializer().serialize(kept)) == kept
+    for unknown in ("Extra", "OnlyWaitedFor"):
+        with pytest.raises(BadInput):
+            codec.decode_event(json.dumps({"type": unknown, "value": {}}))
+    assert "OnlyWaitedFor" in WorkflowCodec(Helped(Flow())).event_types()
+
+
 def test_more_types_may_be_allowed():
     with pytest.raises(BadInput):
         WorkflowCodec(Flow()).decode_event('{"type": "Extra", "value": {"n": 1}}')

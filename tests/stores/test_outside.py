@@ -73,9 +73,30 @@ async def test_cancelling_an_owned_task_asks_its_owner(driver) -> None:
     answer = await driver.store.request_cancel("t", 5.0)
     assert (answer.ended, answer.status, answer.owner) == (False, S.RUNNING, "i")
     assert (await driver.store.pull("t", 1, 0)).cancel_requested
-    await driver.store.release("t", 1, None, 6.0)
-    assert (await driver.claim("t", by="j")).cancel_requested
-    assert (await driver.end("t", 1, 2, status=S.CANCELLED)).status == "ok"
+    assert (await driver.end("t", status=S.CANCELLED)).status == "ok"
+
+
+@pytest.mark.promise("P1")
+@pytest.mark.parametrize("way", ["release", "idle", "reap"])
+async def test_a_requested_cancel_is_not_forgotten_with_the_owner(driver, way) -> None:
+    """Nobody else may ever claim the task: it ends when its owner gives it up, and frees its line."""
+    await driver.session()
+    await driver.accept("t", "s", by="i")
+    await driver.accept("next", "s")
+    await driver.report("t", 1, events=2, checkpoint=Checkpoint("s", 0))
+    await driver.store.request_cancel("t", 5.0)
+    if way == "reap":
+        tickets = await driver.store.reap(["i"], 6.0)
+    else:
+        answer = await driver.store.release("t", 1, Checkpoint("s", 0), 6.0, idle=way == "idle")
+        assert answer.status == "ok"
+        tickets = list(answer.tickets)
+    assert tickets == [Ticket("next", "svc")]
+    record = await driver.store.get_task("t")
+    assert (record.status, record.owner, record.finished_at, record.event_count) == (S.CANCELLED, None, 6.0, 2)
+    assert record.error.type == "cancelled"
+    assert await driver.claim("t", by="j") is None
+    assert (await driver.end("t", 2)).status == "fenced"
 
 
 @pytest.mark.promise("P1")

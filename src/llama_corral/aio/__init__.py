@@ -7,11 +7,14 @@ asyncio coroutines are awaited across the border.
 from .flavour import caller_library as caller_library
 from .flavour import current_task_identity as current_task_identity
 from .flavour import in_foreign_library as in_foreign_library
+from .flavour import is_blocked_on as is_blocked_on
 from .flavour import library_clock as library_clock
 from .host import SelfCancelled as SelfCancelled
+from .host import await_in as await_in
 from .host import call_asyncio as call_asyncio
 from .host import call_native as call_native
 from .host import has_asyncio_loop as has_asyncio_loop
 from .host import kept_tasks as kept_tasks
 from .host import open_asyncio_loop as open_asyncio_loop
 from .lock import FlavourLock as FlavourLock
+from .lock import FlavourSemaphore as FlavourSemaphore

@@ -43,3 +43,9 @@ def current_task_identity() -> Any:
     if caller_library() == "trio":
         return trio.lowlevel.current_task()
     return asyncio.current_task()
+
+
+def is_blocked_on(task: Any, other: asyncio.Future[Any]) -> bool:
+    """Whether an asyncio task is suspended on just that future, as `await other` leaves it. False if that cannot be told:
+    the task is Trio's, or awaits the future through something else (`asyncio.wait_for`, `gather`)."""
+    return getattr(task, "_fut_waiter", None) is other

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -84,6 +85,7 @@ async def open_asyncio_loop() -> AsyncIterator[None]:
     async with _import_trio_asyncio().open_loop() as loop:
         # By default an error that asyncio only logs ends a hosted loop: one step's forgotten future would end them all.
         loop.set_exception_handler(_log_error)
+        loop._timer_handle_cancelled = _TimerSweep(loop)
         try:
             yield
         except (Exception, KeyboardInterrupt, SystemExit) as exc:
@@ -99,6 +101,26 @@ async def open_asyncio_loop() -> AsyncIterator[None]:
             raise error
         finally:
             del error  # its traceback holds this frame
+
+
+class _TimerSweep:
+    """Takes cancelled timers out of a hosted loop's heap, as asyncio's own loop does.
+
+    trio-asyncio leaves them until they would have been due, with a copy of the context variables of whoever made them: an
+    `asyncio.timeout(3600)` around a call of a millisecond would be kept for an hour.
+    """
+
+    def __init__(self, loop: Any) -> None:
+        self._loop = loop
+        self._cancelled = 0
+
+    def __call__(self, handle: asyncio.TimerHandle) -> None:
+        timers = self._loop._timers
+        self._cancelled += 1
+        if self._cancelled > 100 and self._cancelled * 2 > len(timers):
+            timers[:] = [timer for timer in timers if not timer.cancelled()]
+            heapq.heapify(timers)
+            self._cancelled = 0
 
 
 def _log_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -180,6 +202,20 @@ async def call_native(fn: Callable[..., Awaitable[T]], *args: Any) -> T:
         if owned:
             with trio.CancelScope(shield=True):  # bounded: see _end_orphans
                 await loop.run_aio_coroutine(_end_orphans(owned))
+
+
+async def await_in(backend: str, fn: Callable[..., Awaitable[T]], *args: Any) -> T:
+    """Await `fn(*args)` in the library that drives the caller's thread ("trio" or "asyncio"), whatever the caller speaks.
+
+    Where Trio hosts an asyncio loop, something that lives on one side is awaited from the other with this.
+    """
+    here = sniffio.current_async_library()
+    if here == backend:
+        return await fn(*args)
+    if here == "trio":
+        return await call_asyncio(fn, *args)
+    result: T = await _hosted_loop().trio_as_future(fn, *args)
+    return result
 
 
 async def _await_here(fn: Callable[..., Awaitable[T]], args: tuple[Any, ...]) -> T:

@@ -1,6 +1,6 @@
-"""A lock that Trio tasks and asyncio-flavoured steps of the same loop can share.
+"""A lock and a semaphore that Trio tasks and asyncio-flavoured code of the same loop can share.
 
-anyio.Lock belongs to the library that it was first used in. A workflow's state store is used by native steps and by
+AnyIO's own belong to the library that they were first used in. A workflow's state store is used by native steps and by
 asyncio-flavoured ones of the same run, so its lock must wake each waiter in the waiter's own language. And in the
 waiter's own thread: a sync step may run a loop of its own around the store, which is how it is done upstream.
 """
@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import trio
@@ -66,6 +67,56 @@ class FlavourLock:
             self._holder, wake = self._waiters.popleft() if self._waiters else (None, None)
         if wake is not None:
             wake()
+
+
+class FlavourSemaphore:
+    """A fair counter of places for tasks of one thread, whatever their library.
+
+    Args:
+        value: Places, at least 1.
+    """
+
+    def __init__(self, value: int) -> None:
+        self._free = value
+        self._waiters: deque[_Waiter] = deque()
+
+    def acquire_nowait(self) -> bool:
+        """Take a place if one is free and nobody waits for it; False otherwise."""
+        if self._free and not self._waiters:
+            self._free -= 1
+            return True
+        return False
+
+    async def acquire(self) -> None:
+        """Take a place, after those who came before."""
+        if self.acquire_nowait():
+            return
+        waiter = _Waiter(*_waker())
+        self._waiters.append(waiter)
+        try:
+            await waiter.wait()
+        except BaseException:
+            if waiter.granted:
+                self.release()  # it was handed over while the cancellation was on its way
+            else:
+                self._waiters.remove(waiter)
+            raise
+
+    def release(self) -> None:
+        """Give the place back: to who waits longest, if anybody does."""
+        if self._waiters:
+            waiter = self._waiters.popleft()
+            waiter.granted = True
+            waiter.wake()
+        else:
+            self._free += 1
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    wait: Callable[[], Any]
+    wake: Callable[[], None]
+    granted: bool = False
 
 
 def _waker() -> tuple[Callable[[], Awaitable[None]], Callable[[], None]]:

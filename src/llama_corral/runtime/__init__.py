@@ -3,6 +3,7 @@
 from .api import make_run as make_run
 from .api import open_run as open_run
 from .api import run_workflow as run_workflow
+from .checks import check_served as check_served
 from .describe import workflow_fingerprint as workflow_fingerprint
 from .describe import workflow_state_type as workflow_state_type
 from .describe import workflow_step_functions as workflow_step_functions
@@ -14,5 +15,8 @@ from .options import RunStatistics as RunStatistics
 from .options import StepFlavour as StepFlavour
 from .options import sync_step_limiter as sync_step_limiter
 from .run import Run as Run
+from .serializer import ContextSerializer as ContextSerializer
+from .serializer import KeptElsewhere as KeptElsewhere
 from .state import new_context as new_context
 from .stream import EventReader as EventReader
+from .structured import StructuredRuntime as StructuredRuntime

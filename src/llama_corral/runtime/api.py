@@ -9,10 +9,24 @@ from typing import Any
 import anyio
 
 from ..aio import caller_library, open_asyncio_loop
+from .checks import check_run
+from .child_runtime import bind_children
 from .hooks import RunHooks
+from .live_state import fresh_state, live
 from .options import DEFAULT_EVENT_BUFFER, DEFAULT_MAILBOX, RunOptions, StepFlavour
 from .run import Run
-from .upstream import Context, StartEvent, Workflow, context_parts, set_face, start_event_of, validate_workflow
+from .scope import open_owned_tasks
+from .state import open_state
+from .upstream import (
+    Context,
+    StartEvent,
+    Workflow,
+    context_parts,
+    restored_state,
+    set_face,
+    start_event_of,
+    validate_workflow,
+)
 
 
 def make_run(
@@ -29,12 +43,26 @@ def make_run(
 
     Raises:
         WorkflowValidationError, WorkflowRuntimeError, ContextStateError: as upstream's `workflow.run()`.
+        FlavourError: an agent that cannot work in the step flavour.
     """
     validate_workflow(workflow)
+    bind_children(workflow)
     pre = context_parts(workflow, context) if context is not None else None
     resumed = pre is not None and pre.is_running
     start = None if resumed else start_event_of(workflow, start_event, start_kwargs or {})
-    run = Run(workflow, start_event=start, pre=pre, run_id=run_id, hooks=hooks, options=options)
+    run = Run(
+        workflow,
+        state=fresh_state(workflow) if pre is None else live(restored_state(workflow, pre)),
+        store=open_state(workflow, None, None)
+        if pre is None
+        else open_state(workflow, pre.serialized_state, pre.serializer),
+        start_event=start,
+        serializer=None if pre is None else pre.serializer,
+        run_id=run_id,
+        hooks=hooks,
+        options=options,
+    )
+    check_run(run, start)
     if context is not None:
         set_face(context, run.outside_face())
         run.adopt_context(context)
@@ -77,6 +105,7 @@ async def open_run(
 
     Raises:
         WorkflowValidationError, WorkflowRuntimeError, ContextStateError: before the run starts, as upstream's `run()`.
+        FlavourError: before the run starts, for an agent that cannot work in the flavour.
         What the block raises passes through as it is, not in an exception group.
     """
     options = RunOptions(flavour, event_buffer, mailbox, internal_events, sync_limiter)
@@ -92,21 +121,9 @@ async def open_run(
             options=options,
             start_kwargs=start_kwargs,
         )
-        error: BaseException | None = None
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(run.drive, name=f"run {run.run_id} of {workflow.workflow_name}")
-            try:
-                yield run
-            except (Exception, KeyboardInterrupt, SystemExit) as exc:
-                # The task group would wrap it in a group; the block's own error is nobody's child's.
-                error = exc
-            finally:
-                tasks.cancel_scope.cancel()
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error  # its traceback holds this frame
+        tasks = await stack.enter_async_context(open_owned_tasks())
+        tasks.start_soon(run.drive, name=f"run {run.run_id} of {workflow.workflow_name}")
+        yield run
 
 
 async def run_workflow(

@@ -14,14 +14,15 @@ import time
 from abc import abstractmethod
 from collections import deque
 from types import TracebackType
-from typing import Any
 
 import anyio
 import anyio.abc
 
-from ..aio import library_clock
+from .home import Home
 from .hooks import RunHooks
+from .live_state import LiveBrokerState
 from .mailbox import FromOutside, Held, can_take, hide_answered, show_answered, unhandled
+from .nesting import current_activity
 from .options import RunOptions
 from .stream import EventRing
 from .timers import Timers
@@ -41,9 +42,9 @@ from .upstream import (
     DeleteWaiter,
     Event,
     InternalDispatchEvent,
-    PreContext,
     StopEvent,
     TickAddEvent,
+    TickCancelRun,
     TickIdleCheck,
     TickStepResult,
     TickTimeout,
@@ -53,10 +54,10 @@ from .upstream import (
     WorkflowCommand,
     WorkflowRuntimeError,
     WorkflowTick,
-    broker_state,
     reduce_tick,
     stamped,
 )
+from .verbose import Narrator, narrator_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,28 +74,35 @@ class RunCore:
         self,
         workflow: Workflow,
         *,
-        pre: PreContext[Any] | None,
+        state: LiveBrokerState,
         run_id: str | None,
         hooks: RunHooks | None,
         options: RunOptions | None,
+        home: Home | None,
     ) -> None:
         self.workflow = workflow
         self.run_id = run_id or secrets.token_hex(8)
         self.options = options or RunOptions()
-        self.broker_state: BrokerState = broker_state(workflow, pre)
+        self.broker_state: BrokerState = state
         self._hooks = hooks
+        self._narrator: Narrator | None = narrator_of(workflow)
+        self._parent = current_activity()
         # Time stamps are wall-clock and persisted; durations obey the backend's clock, which tests may move.
-        self._clock = library_clock()
+        self._home = home or Home.here()
+        self._clock = self._home.clock
         self._epoch = time.time() - self._clock()
 
         self._tasks: anyio.abc.TaskGroup | None = None
+        self._begun = False
         self._buffer: deque[WorkflowTick | FromOutside] = deque()
         self._held = Held()
         self._idle_check_due = False
         self._draining = False
+        self._is_leaving = False
         self._timers = Timers()
         self._timer_scope: anyio.CancelScope | None = None
         self._working = 0
+        self._parked = 0
         self._idle = False
         self._ticks = 0
         self._stream = EventRing(self.options.event_buffer)
@@ -110,7 +118,7 @@ class RunCore:
 
     def _drain(self) -> None:
         """Reduce what is buffered, and what that leads to. Sync: no tick is ever half reduced."""
-        if self._draining or self._tasks is None:
+        if self._draining or self._tasks is None or not self._may_begin():
             return
         self._draining = True
         try:
@@ -118,16 +126,34 @@ class RunCore:
                 item = self._next_item()
                 if item is not None:
                     self._reduce(item)
-                elif self._working or self._idle:
+                elif self._working > self._parked or self._idle or self._is_leaving:
                     return
                 else:
-                    self._idle = True
-                    if self._hooks is not None:
-                        self._hooks.on_idle()  # it may send an event: look again
+                    self._become_idle()  # a hook may send an event: look again
         except Exception as exc:
             self._fail(exc)
         finally:
             self._draining = False
+
+    def _may_begin(self) -> bool:
+        """Whether ticks are reduced yet. A run that waits for its turn can be cancelled, and nothing else."""
+        if not self._begun:
+            cancel = next((item for item in self._buffer if isinstance(item, TickCancelRun)), None)
+            if cancel is None:
+                return False
+            self._begun = True
+            self._buffer.appendleft(cancel)
+        return True
+
+    def _become_idle(self) -> None:
+        self._idle = True
+        if self._hooks is not None:
+            self._hooks.on_idle()
+        self._tell_parent()
+
+    def _tell_parent(self) -> None:
+        if self._parent is not None:
+            self._parent.look()
 
     def _next_item(self) -> WorkflowTick | FromOutside | None:
         # Held events go first: they came before whatever came since.
@@ -165,6 +191,8 @@ class RunCore:
         if hidden:
             show_answered(self.broker_state, hidden)
         self._ticks += 1
+        if self._narrator is not None:
+            self._narrator.tick(tick)
         return commands
 
     def _note_waiters(self, tick: TickStepResult) -> None:
@@ -216,6 +244,10 @@ class RunCore:
             self._timers.schedule(command.at_time, TickWakeup(due=command.at_time))
         else:
             raise WorkflowRuntimeError(f"the broker gave a command this runtime does not know: {command!r}")
+        self._rearm()
+
+    def _rearm(self) -> None:
+        """Let the driver's wait end when the next timer is due."""
         if self._timer_scope is not None:
             self._timer_scope.deadline = self._next_deadline()
 
@@ -232,6 +264,7 @@ class RunCore:
         self._stream.close()
         if self._tasks is not None:
             self._tasks.cancel_scope.cancel()
+        self._tell_parent()
 
     def _fail(self, exc: Exception) -> None:
         """End the run with an error that is not a step's: a hook's, or a fault of the broker or of this runtime."""
@@ -257,8 +290,11 @@ class RunCore:
     def _publish_here(self, event: Event) -> None:
         if self._outcome is not None:
             return
+        if self._narrator is not None:
+            self._narrator.event(event)
         if isinstance(event, InternalDispatchEvent) and not self.options.internal_events:
             return
         if self._hooks is not None:
             self._hooks.on_event(event)
-        self._stream.append(event)
+        if self._outcome is None:  # the hook may have cancelled the run, whose last event is out by then
+            self._stream.append(event)

@@ -10,7 +10,10 @@ from collections.abc import AsyncGenerator, Coroutine
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from .inline import drive_inline
+from .nesting import current_activity
 from .state import RunStateStore
+from .thread import in_abandoned_thread
 from .upstream import (
     BrokerState,
     Event,
@@ -35,16 +38,6 @@ if TYPE_CHECKING:
     from .run import Run
 
 
-def drive_inline(coro: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine that never suspends, here and now. Upstream wraps calls that only need a plain function in one."""
-    try:
-        coro.send(None)
-    except StopIteration as stop:
-        return stop.value
-    coro.close()
-    raise RuntimeError("a coroutine of the run's adapter suspended; it must not")
-
-
 class StepFace(InternalContext[Any]):
     """What `ctx` shows inside a step."""
 
@@ -55,12 +48,16 @@ class StepFace(InternalContext[Any]):
     def send_event(self, message: Event, step: str | None = None) -> None:
         if step is not None:
             validate_step_message(self._workflow, step, message)
+        if in_abandoned_thread():  # the run may still be unwinding; this came too late
+            return
         step_id = StepId.root(step) if step is not None else None
         recovery_counts: dict[str, int] = {}
         emission = None
         sender = ""
+        activity = current_activity()
         step_context = StepWorkerStateContextVar.get(None)
-        if step_context is not None:
+        # A step of another run, a child for one, may hold this context: its sends are no part of its own result.
+        if step_context is not None and activity is not None and activity.run is self._run:
             sender = step_context.state.step_name
             recovery_counts = dict(step_context.retry.recovery_counts)
             # With its key in the step's result, a resumed run re-sends an event whose tick was lost, once.
@@ -70,7 +67,7 @@ class StepFace(InternalContext[Any]):
         )
 
     def write_event_to_stream(self, ev: Event | None) -> None:
-        if ev is not None:
+        if ev is not None and not in_abandoned_thread():
             self._run.publish(ev)
 
     def retry_info(self) -> RetryInfo:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import Any
 
+from ..aio import FlavourSemaphore
 from .upstream import (
     StepConfig,
     WeakIdentityKeyDictionary,
@@ -14,6 +16,7 @@ from .upstream import (
     step_config,
     step_functions,
     step_version,
+    workflow_concurrency,
 )
 
 
@@ -33,11 +36,13 @@ class StepSpec:
 
 @dataclass(frozen=True, slots=True)
 class RegisteredWorkflow:
-    """`steps` by name, the type of `ctx.store`, and the version that says when to look again."""
+    """`steps` by name, the type of `ctx.store`, the version that says when to look again, and the turns of
+    `num_concurrent_runs`, one semaphore for each thread that runs the workflow."""
 
     steps: dict[str, StepSpec]
     state_type: type[Any]
     version: int
+    turns: dict[int, FlavourSemaphore] = field(default_factory=dict)
 
 
 _registered: WeakIdentityKeyDictionary[Workflow, RegisteredWorkflow] = WeakIdentityKeyDictionary()
@@ -56,6 +61,20 @@ def register(workflow: Workflow) -> RegisteredWorkflow:
             is_async=inspect.iscoroutinefunction(function),
             free_function=None if hasattr(workflow, name) else function,
         )
-    known = RegisteredWorkflow(steps=steps, state_type=infer_state_type(workflow), version=step_version(workflow))
-    _registered[workflow] = known
-    return known
+    new = RegisteredWorkflow(steps=steps, state_type=infer_state_type(workflow), version=step_version(workflow))
+    if known is not None:
+        new.turns.update(known.turns)  # runs that have one give it back there
+    _registered[workflow] = new
+    return new
+
+
+def turns_of(workflow: Workflow, registered: RegisteredWorkflow) -> FlavourSemaphore | None:
+    """The semaphore under which the caller's thread runs the workflow, None where `num_concurrent_runs` sets no limit."""
+    limit = workflow_concurrency(workflow)
+    if limit is None:
+        return None
+    thread = threading.get_ident()
+    turns = registered.turns.get(thread)
+    if turns is None:
+        turns = registered.turns[thread] = FlavourSemaphore(limit)
+    return turns

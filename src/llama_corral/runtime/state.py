@@ -6,9 +6,12 @@ import functools
 from typing import Any
 
 from ..aio import FlavourLock
+from .registry import register
+from .serializer import as_context_serializer
 from .upstream import (
     BaseSerializer,
     Context,
+    DictState,
     InMemoryStateStore,
     PreContext,
     Workflow,
@@ -53,20 +56,28 @@ def new_context(
     Raises:
         ContextSerdeError: `previous` is not what `to_dict()` gave, or does not fit the workflow.
     """
+    serializer = as_context_serializer(serializer or workflow_serializer(workflow))
     return context_with_face(OwnPreContext(workflow, previous, serializer))
 
 
-def open_state(workflow: Workflow, state_type: type[Any], pre: PreContext[Any] | None) -> RunStateStore:
-    """The store that a run starts with: what the context carries, or the defaults of the workflow's state type."""
-    serialized = pre.serialized_state if pre is not None else None
+def fresh_store(state_type: type[Any]) -> RunStateStore:
+    """A store with the defaults of the state type."""
+    return RunStateStore(state_type())
+
+
+def open_state(
+    workflow: Workflow, serialized: dict[str, Any] | None, serializer: BaseSerializer | None
+) -> RunStateStore | None:
+    """The store that a run starts with: what a context carries, or the defaults of the workflow's state type. None for
+    upstream's own untyped state, which can be made later without a surprise."""
     if not serialized:
-        return RunStateStore(state_type())
+        state_type = register(workflow).state_type
+        return None if state_type is DictState else fresh_store(state_type)
     if is_durable_serialized_state(serialized):
         kind = serialized.get("store_type")
         raise WorkflowRuntimeError(
             f"the context's state lives in a {kind!r} store; only in-memory state can be resumed"
         )
-    serializer = pre.serializer if pre is not None else workflow_serializer(workflow)
-    store = RunStateStore.from_dict(serialized, serializer)
+    store = RunStateStore.from_dict(serialized, serializer or workflow_serializer(workflow))
     assert isinstance(store, RunStateStore)
     return store

@@ -12,14 +12,18 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
-import anyio.to_thread
 
 from ..aio import SelfCancelled, call_asyncio, call_native
 from ..exceptions import FlavourError
-from .options import StepFlavour, sync_step_limiter
+from .checks import tool_error
+from .nesting import StepActivity, set_activity
+from .options import StepFlavour
 from .registry import StepSpec
 from .resources import resolve_resources
+from .spans import spanned, step_dispatcher, step_tags
+from .thread import call_in_thread
 from .upstream import (
+    AddWaiter,
     CommandRunWorker,
     Context,
     Event,
@@ -51,6 +55,7 @@ class StepCall:
     """Everything that one call of a step needs."""
 
     workflow: Workflow
+    run_id: str
     spec: StepSpec
     context: Context[Any]
     command: CommandRunWorker
@@ -59,12 +64,14 @@ class StepCall:
     backend: str
     limiter: anyio.CapacityLimiter | None
     now: Callable[[], float]
+    activity: StepActivity
 
 
 async def call_step(call: StepCall) -> list[StepWorkerOutput]:
     """Run the step and return what the broker is to make of it. Exceptions of the step are part of that.
 
-    Cancellation and Ctrl-C pass through. A sync step runs in a worker thread and is abandoned on cancellation.
+    Cancellation and Ctrl-C pass through. A sync step runs in a worker thread and is abandoned on cancellation
+    (`call_in_thread`).
     """
     returns = Returns(return_values=[])
     step_context = StepWorkerContext(
@@ -83,11 +90,14 @@ async def call_step(call: StepCall) -> list[StepWorkerOutput]:
     StepWorkerStateContextVar.set(step_context)
     # A weak reference: timers of libraries keep copies of the context, which must not keep the workflow alive.
     InternalContextVar.set(weakref.ref(call.context))
+    set_activity(call.activity)
     try:
         result = await _invoke(call)
-        returns.return_values.extend(_interpret(call.spec, result))
-    except WaitingForEvent as waiting:
-        returns.return_values.append(waiting.add)
+        _refuse_hidden_error(result, call)
+        if isinstance(result, AddWaiter):
+            returns.return_values.append(result)
+        else:
+            returns.return_values.extend(_interpret(call.spec, result))
     except Exception as exc:
         returns.return_values.append(StepWorkerFailed(exception=_explain(exc, call), failed_at=call.now()))
     except anyio.get_cancelled_exc_class() as exc:  # noqa: ASYNC103 -- raised on, unless nobody had cancelled
@@ -131,20 +141,39 @@ async def _invoke(call: StepCall) -> Any:
     function = spec.free_function if spec.free_function is not None else getattr(call.workflow, spec.name)
     enter = call_asyncio if call.flavour == "asyncio" and call.backend == "trio" else call_native
     if spec.is_async:
-        return await enter(_call_with_resources, call, function)
+        return await enter(_call_async, call, function)
     resources: dict[str, Any] = {}
     if spec.config.resources:
         resources = await enter(resolve_resources, call.workflow, spec.config)
-    bound = partial(function, **_arguments(call), **resources)
-    limiter = call.limiter if call.limiter is not None else sync_step_limiter()
-    return await anyio.to_thread.run_sync(bound, abandon_on_cancel=True, limiter=limiter)
+    bound = partial(_call_sync, call, function, {**_arguments(call), **resources})
+    return await call_in_thread(bound, step=spec.name, run_id=call.run_id, limiter=call.limiter)
 
 
-async def _call_with_resources(call: StepCall, function: Callable[..., Any]) -> Any:
+async def _call_async(call: StepCall, function: Callable[..., Any]) -> Any:
+    call.activity.enter()
+    arguments = _arguments(call)
     if call.spec.config.resources:
-        resources = await resolve_resources(call.workflow, call.spec.config)
-        return await function(**_arguments(call), **resources)
-    return await function(**_arguments(call))
+        arguments.update(await resolve_resources(call.workflow, call.spec.config))
+    dispatcher = step_dispatcher(call.workflow)
+    try:
+        if dispatcher is None:
+            return await function(**arguments)
+        with step_tags(call.command.event):
+            return await spanned(dispatcher, function)(**arguments)
+    except WaitingForEvent as waiting:
+        # A value from here on: an exception that crosses from one library to the other leaves cycles of frames behind.
+        return waiting.add
+
+
+def _call_sync(call: StepCall, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    dispatcher = step_dispatcher(call.workflow)
+    try:
+        if dispatcher is None:
+            return function(**arguments)
+        with step_tags(call.command.event):
+            return spanned(dispatcher, function)(**arguments)
+    except WaitingForEvent as waiting:
+        return waiting.add
 
 
 def _arguments(call: StepCall) -> dict[str, Any]:
@@ -226,6 +255,13 @@ def _explain(exc: Exception, call: StepCall) -> Exception:
     )
     error.__cause__ = exc
     return error
+
+
+def _refuse_hidden_error(result: Any, call: StepCall) -> None:
+    """Raise what an agent's tool raised if it met the wrong library: the agent would tell nobody but its LLM."""
+    error = tool_error(result)
+    if error is not None and (explained := _explain(error, call)) is not error:
+        raise explained
 
 
 def _use_flavour(other: StepFlavour) -> str:

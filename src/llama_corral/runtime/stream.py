@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.lowlevel
 
 from ..exceptions import EventsLost
 from .upstream import Event
+
+if TYPE_CHECKING:
+    from .run import Run
 
 READ_BURST = 64
 """Buffered events that a reader gets without a checkpoint in between."""
@@ -87,9 +91,9 @@ class EventRing:
 class EventReader:
     """An async iterator over a run's published events. Each reader has its own position; nothing needs closing."""
 
-    def __init__(self, ring: EventRing, run_id: str) -> None:
+    def __init__(self, ring: EventRing, run: Run) -> None:
         self._ring = ring
-        self._run_id = run_id
+        self._run = run
         self._next = 0
         self._burst = 0
 
@@ -110,7 +114,7 @@ class EventReader:
             if self._next < ring.first:
                 lost, self._next = ring.first - self._next, ring.first
                 raise EventsLost(
-                    f"{lost} events of run {self._run_id} were lost to this reader",
+                    f"{lost} events of run {self._run.run_id} were lost to this reader",
                     hint="read faster, or open the run with a larger event_buffer",
                     lost=lost,
                 )
@@ -123,4 +127,7 @@ class EventReader:
                 await anyio.lowlevel.checkpoint()
                 raise StopAsyncIteration
             self._burst = 0
-            await ring.wait_changed()
+            await self._run.wait_as_parent(self._is_blocked, ring.wait_changed)
+
+    def _is_blocked(self) -> bool:
+        return self._next >= self._ring.published and not self._ring.closed

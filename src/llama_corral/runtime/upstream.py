@@ -11,18 +11,26 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from llama_index_instrumentation import get_dispatcher
+from llama_index_instrumentation.dispatcher import Dispatcher, active_instrument_tags, instrument_tags
+from llama_index_instrumentation.event_handlers import NullEventHandler
+from llama_index_instrumentation.events.span import SpanDropEvent
+from llama_index_instrumentation.span import active_span_id
+from llama_index_instrumentation.span_handlers import NullSpanHandler
+
 # Public API
 from workflows import Context, Workflow
 
 # Internals (a name that moves breaks here, at import, and in the contract test)
 from workflows._event_matching import event_matches, step_accepts_event
+from workflows._event_summary import summarize_event
 from workflows.context import JsonSerializer
 from workflows.context.context_types import SerializedContext
 from workflows.context.external_context import ExternalContext
 from workflows.context.internal_context import InternalContext
 from workflows.context.pre_context import PreContext
 from workflows.context.serializers import BaseSerializer
-from workflows.context.state_store import InMemoryStateStore, infer_state_type, is_durable_serialized_state
+from workflows.context.state_store import DictState, InMemoryStateStore, infer_state_type, is_durable_serialized_state
 from workflows.decorators import StepConfig
 from workflows.errors import (
     ContextStateError,
@@ -41,9 +49,11 @@ from workflows.events import (
     UnhandledEvent,
     WorkflowIdleEvent,
 )
+from workflows.plugins import basic_runtime
 from workflows.retry_policy import RetryInfo, RetryPolicy
 from workflows.runtime.control_loop.reduce import _decide_retry_delay as decide_retry_delay
 from workflows.runtime.control_loop.reduce import _reduce_tick as reduce_tick
+from workflows.runtime.runtime_decorators import BaseRuntimeDecorator
 from workflows.runtime.types.commands import (
     CommandCompleteRun,
     CommandFailWorkflow,
@@ -57,14 +67,17 @@ from workflows.runtime.types.commands import (
     CommandScheduleWakeup,
     WorkflowCommand,
 )
-from workflows.runtime.types.internal_state import BrokerState, InProgressState
+from workflows.runtime.types.internal_state import BrokerConfig, BrokerState, InProgressState, InternalStepWorkerState
 from workflows.runtime.types.plugin import (
     ExternalRunAdapter,
     InternalRunAdapter,
+    RegisteredWorkflow,
+    Runtime,
     SnapshottableAdapter,
     V2RuntimeCompatibilityShim,
     WaitResult,
     WeakIdentityKeyDictionary,
+    _current_runtime,
 )
 from workflows.runtime.types.results import (
     AddWaiter,
@@ -83,6 +96,11 @@ from workflows.runtime.types.results import (
     StepWorkerWaiter,
     WaitingForEvent,
 )
+from workflows.runtime.types.step_function import (
+    SpanCancelledEvent,
+    WorkflowRunOutputEvent,
+    WorkflowStepOutputEvent,
+)
 from workflows.runtime.types.step_id import StepId
 from workflows.runtime.types.ticks import (
     STAMPED_TICK_TYPES,
@@ -96,11 +114,14 @@ from workflows.runtime.types.ticks import (
     TickWakeup,
     WorkflowTick,
 )
+from workflows.runtime.verbose import VerboseDecorator, _VerboseInternalRunAdapter
 
 __all__ = (
     "STAMPED_TICK_TYPES",
     "AddWaiter",
+    "BaseRuntimeDecorator",
     "BaseSerializer",
+    "BrokerConfig",
     "BrokerState",
     "CommandCompleteRun",
     "CommandFailWorkflow",
@@ -115,6 +136,8 @@ __all__ = (
     "Context",
     "ContextStateError",
     "DeleteWaiter",
+    "DictState",
+    "Dispatcher",
     "Event",
     "ExternalContext",
     "ExternalRunAdapter",
@@ -126,16 +149,23 @@ __all__ = (
     "InternalContextVar",
     "InternalDispatchEvent",
     "InternalRunAdapter",
+    "InternalStepWorkerState",
     "JsonSerializer",
+    "NullEventHandler",
+    "NullSpanHandler",
     "PreContext",
+    "RegisteredWorkflow",
     "RetryAttempt",
     "RetryDecision",
     "RetryInfo",
     "RetryPolicy",
     "Returns",
+    "Runtime",
     "SentEvent",
     "SerializedContext",
     "SnapshottableAdapter",
+    "SpanCancelledEvent",
+    "SpanDropEvent",
     "StartEvent",
     "StepConfig",
     "StepFunctionResult",
@@ -164,19 +194,32 @@ __all__ = (
     "WorkflowCancelledByUser",
     "WorkflowCommand",
     "WorkflowIdleEvent",
+    "WorkflowRunOutputEvent",
     "WorkflowRuntimeError",
+    "WorkflowStepOutputEvent",
     "WorkflowTick",
     "WorkflowTimeoutError",
     "WorkflowValidationError",
-    "broker_state",
+    "active_instrument_tags",
+    "active_span_id",
+    "basic_runtime",
+    "broker_config",
+    "child_workflows",
     "context_parts",
     "context_with_face",
     "decide_retry_delay",
     "event_matches",
+    "get_dispatcher",
+    "has_default_runtime",
     "infer_state_type",
+    "instrument_tags",
     "is_durable_serialized_state",
+    "rebind",
     "reduce_tick",
+    "restored_state",
     "resuming_ticks",
+    "runtime_of",
+    "set_default_runtime",
     "set_face",
     "stamped",
     "start_event_of",
@@ -184,8 +227,12 @@ __all__ = (
     "step_config",
     "step_functions",
     "step_version",
+    "summarize_event",
     "validate_step_message",
     "validate_workflow",
+    "verbose_adapter",
+    "workflow_concurrency",
+    "workflow_dispatcher",
     "workflow_resources",
     "workflow_serializer",
     "workflow_timeout",
@@ -221,10 +268,14 @@ def context_parts(workflow: Workflow, context: Context[Any]) -> PreContext[Any]:
     raise ContextStateError("a step's own context cannot start a run")
 
 
-def broker_state(workflow: Workflow, pre: PreContext[Any] | None) -> BrokerState:
-    """The state a run starts from: fresh, or what a context carries."""
-    if pre is None:
-        return BrokerState.from_workflow(workflow)
+def broker_config(workflow: Workflow) -> BrokerConfig:
+    """The broker's view of the steps of a validated workflow. Upstream keeps it; 2.26.0 works it out each time."""
+    kept = getattr(workflow, "_get_broker_config", None)
+    return cast("BrokerConfig", kept()) if kept is not None else BrokerState.from_workflow(workflow).config
+
+
+def restored_state(workflow: Workflow, pre: PreContext[Any]) -> BrokerState:
+    """The state of a run that starts from what a context carries."""
     state = BrokerState.from_serialized(pre.init_snapshot, workflow, pre.serializer)
     for worker in state.workers.values():
         for waiter in worker.collected_waiters:
@@ -299,3 +350,58 @@ def workflow_resources(workflow: Workflow) -> dict[str, Any]:
 def workflow_serializer(workflow: Workflow) -> BaseSerializer:
     """The workflow's own serializer, or the default with its event and state types allowed."""
     return workflow.runtime.get_serializer(workflow)
+
+
+def workflow_dispatcher(workflow: Workflow) -> Dispatcher:
+    """Where the spans of the workflow's steps are dispatched."""
+    return workflow._dispatcher
+
+
+def workflow_concurrency(workflow: Workflow) -> int | None:
+    """`num_concurrent_runs`: how many runs of this instance may be active, None for any number."""
+    return workflow._num_concurrent_runs
+
+
+def verbose_adapter(workflow: Workflow, adapter: InternalRunAdapter) -> InternalRunAdapter | None:
+    """For a workflow with `verbose=True` an adapter that prints upstream's lines and passes on to the given one."""
+    runtime = workflow._runtime
+    while isinstance(runtime, BaseRuntimeDecorator):
+        if isinstance(runtime, VerboseDecorator):
+            return _VerboseInternalRunAdapter(adapter, runtime._output)
+        runtime = runtime._decorated
+    return None
+
+
+def child_workflows(workflow: Workflow) -> list[Workflow]:
+    """Workflows that are attributes of the workflow, run on upstream's default runtime, and have not run yet."""
+    return [
+        value
+        for value in vars(workflow).values()
+        if isinstance(value, Workflow) and not value._runtime_locked and _innermost(value._runtime) is basic_runtime
+    ]
+
+
+def _innermost(runtime: Runtime) -> Runtime:
+    while type(runtime) is VerboseDecorator:
+        runtime = runtime._decorated
+    return runtime
+
+
+def runtime_of(workflow: Workflow) -> Runtime:
+    """The runtime that `workflow.run()` goes through."""
+    return workflow._runtime
+
+
+def rebind(workflow: Workflow, runtime: Runtime) -> None:
+    """Let `workflow.run()` go through another runtime. Upstream allows it until the workflow has run."""
+    workflow._switch_runtime(runtime)
+
+
+def set_default_runtime(runtime: Runtime) -> None:
+    """The runtime of workflows that are made in the caller's context from now on, as upstream's `registering()` sets it."""
+    _current_runtime.set(runtime)
+
+
+def has_default_runtime() -> bool:
+    """Whether the caller is inside of somebody's `registering()`."""
+    return _current_runtime.get() is not None

@@ -1,25 +1,28 @@
 """Between a workflow's Python values and the JSON that is stored and sent.
 
-Types that come from the wire are looked up in an allow-list collected from the workflow, and never imported by name (P11).
-The list: the events of the step signatures, the state type, classes that the steps' code names (so that an event which is
-only waited for is known), their nested pydantic types, upstream's own events, and what the service's owner adds.
+Types that come from the wire are looked up in an allow-list collected from the workflow (`allow_list.py`), and never
+imported by name (P11).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeGuard, get_args
+from typing import Any, TypeGuard
 
 import pydantic
 import pydantic_core
 from workflows import Context, Workflow
 from workflows.context import JsonSerializer
-from workflows.events import Event, HumanResponseEvent, StartEvent, StopEvent
+from workflows.events import Event, StartEvent, StopEvent
 
 from ..exceptions import BadInput
 from ..protocol.records import EventRecord
-from ..runtime import workflow_state_type, workflow_step_functions
+from ..runtime import ContextSerializer, KeptElsewhere
+from .allow_list import collect_types
+
+logger = logging.getLogger(__name__)
 
 
 class WorkflowCodec:
@@ -33,7 +36,7 @@ class WorkflowCodec:
     def __init__(self, workflow: Workflow, types: Iterable[type[Any]] = ()) -> None:
         self._workflow = workflow
         self._types = collect_types(workflow, types)
-        self._serializer = JsonSerializer(allowed_types=_without_clashes(self._types))
+        self._serializer = ContextSerializer(allowed_types=_without_clashes(self._types))
         self._events: dict[str, type[Event]] = {}
         for cls in self._types:
             if _comes_from_outside(cls):
@@ -110,13 +113,20 @@ class WorkflowCodec:
         return self._serializer.serialize(self.decode_event(payload))
 
     def encode_event(self, event: Event) -> EventRecord:
-        """An event for the log. One that cannot be encoded becomes a record that says so, not a failed run."""
+        """An event for the log. One that cannot be encoded becomes a record that says so, not a failed run; it has what
+        JSON does not know (the raw output of an agent's tool, for one) as its `str()`, where the rest can be encoded."""
         name = type(event).__name__
         try:
             return EventRecord(name, json.dumps(event.model_dump(mode="json"), allow_nan=False))
         except Exception as exc:  # whatever a user's serializer raises
-            problem = {"error": f"{name} cannot be encoded as JSON: {type(exc).__name__}: {exc}"}
-            return EventRecord(name, json.dumps(problem))
+            problem = f"{name} cannot be encoded as JSON: {type(exc).__name__}: {exc}"
+        try:
+            rest = json.loads(pydantic_core.to_json(event, fallback=str, inf_nan_mode="null"))
+        except Exception:  # the same serializer, or a cycle
+            rest = {}
+        return EventRecord(
+            name, json.dumps({**rest, "error": problem} if isinstance(rest, dict) else {"error": problem})
+        )
 
     # Results
 
@@ -132,12 +142,37 @@ class WorkflowCodec:
     # Contexts
 
     def encode_context(self, context: Context[Any]) -> str:
-        """The context as JSON text. Raises what the serializer raises for state that is not JSON."""
-        return json.dumps(context.to_dict(self._serializer))
+        """The context as JSON text. Raises what the serializer raises for state that is not JSON.
+
+        Upstream leaves out a memory that cannot be encoded. Here that is an error, except for the memory of a run that
+        has ended and that keeps its messages somewhere else: whoever made it makes it again.
+        """
+        serializer = _NotingSerializer()
+        data = context.to_dict(serializer)
+        for failure in serializer.failures:
+            if data["is_running"] or not isinstance(failure, KeptElsewhere):
+                raise failure
+            logger.warning("a context is stored without its memory: %s", failure)
+        return json.dumps(data)
 
     def decode_context(self, payload: str) -> Context[Any]:
         """A context that can start or resume a run. Raises ContextSerdeError for what does not fit the workflow."""
         return Context.from_dict(self._workflow, json.loads(payload), self._serializer)
+
+
+class _NotingSerializer(ContextSerializer):
+    """Notes what one encoding could not write: upstream's Context may go on without it. It looks up no types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: list[BaseException] = []
+
+    def serialize(self, value: Any) -> str:
+        try:
+            return super().serialize(value)
+        except ValueError as exc:
+            self.failures.append(exc.__cause__ or exc)
+            raise
 
 
 def printable(text: str) -> str:
@@ -147,47 +182,6 @@ def printable(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode(errors="backslashreplace").decode()
     return text
-
-
-def collect_types(workflow: Workflow, more: Iterable[type[Any]] = ()) -> list[type[Any]]:
-    """The allow-list of a workflow, in a stable order, nested pydantic types included."""
-    found: dict[type[Any], None] = {}
-    pending: list[Any] = [HumanResponseEvent, *workflow.events, workflow_state_type(workflow), *more]
-    for function in workflow_step_functions(workflow).values():
-        pending.extend(_classes_named_in(function))
-    while pending:
-        cls = pending.pop(0)
-        if not isinstance(cls, type) or not issubclass(cls, pydantic.BaseModel) or cls in found:
-            continue
-        found[cls] = None
-        for field in cls.model_fields.values():
-            pending.extend(_classes_in(field.annotation))
-    return list(found)
-
-
-def _classes_named_in(function: Any) -> list[type[Any]]:
-    """Pydantic classes that the code of a step refers to by name, in its globals or its closure."""
-    inner = getattr(function, "__func__", function)
-    code = getattr(inner, "__code__", None)
-    if code is None:
-        return []
-    names = set(code.co_names)
-    for constant in code.co_consts:  # comprehensions and inner functions
-        if hasattr(constant, "co_names"):
-            names.update(constant.co_names)
-    values = [inner.__globals__.get(name) for name in sorted(names)]
-    for cell in inner.__closure__ or ():
-        try:
-            values.append(cell.cell_contents)
-        except ValueError:  # not yet assigned
-            continue
-    return [value for value in values if isinstance(value, type) and issubclass(value, pydantic.BaseModel)]
-
-
-def _classes_in(annotation: Any) -> list[type[Any]]:
-    if isinstance(annotation, type):
-        return [annotation]
-    return [cls for argument in get_args(annotation) for cls in _classes_in(argument)]
 
 
 def _without_clashes(types: list[type[Any]]) -> list[type[Any]]:

@@ -26,11 +26,11 @@ from pydantic import SecretStr
 from workflows import Context, Workflow
 
 from ..abc import Coordinator, MessageQueue, Reservation
-from ..aio import open_asyncio_loop
+from ..aio import caller_library, open_asyncio_loop
 from ..exceptions import BadInput, CorralError, NotFound, TooManyTasks, Unavailable
 from ..protocol.messages import ActionTypes, QueueMessage, TaskDefinition
 from ..protocol.records import Claim, ContextUpdate, ServiceInfo, Ticket
-from ..runtime import RunOptions, Slot, StepFlavour, workflow_fingerprint
+from ..runtime import RunOptions, Slot, StepFlavour, check_served, workflow_fingerprint
 from ..supervision import SupportGroup, open_support_group
 from .codec import WorkflowCodec
 from .config import WorkflowServiceConfig
@@ -198,10 +198,12 @@ class WorkflowService(ConfiguredService):
 
         Raises:
             Unavailable: the coordinator or the queue cannot be reached at the start.
+            FlavourError: the workflow is an agent that cannot work in the step flavour.
             What a task raised, in an exception group, with `config.raise_exceptions`.
         """
         if self._intake is not None:
             raise RuntimeError(f"{self.service_name} is running already")
+        check_served(self.workflow, self.run_options.flavour, caller_library())
         async with AsyncExitStack() as stack:
             if self.run_options.flavour == "asyncio":
                 await stack.enter_async_context(open_asyncio_loop())

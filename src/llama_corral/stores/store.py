@@ -218,7 +218,7 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
     async def release(
         self, task_id: str, epoch: int, checkpoint: Checkpoint | None, now: float, *, idle: bool = False
     ) -> ReportAnswer:
-        return await self._write(task_units.release, task_id, epoch, checkpoint, idle)
+        return await self._write(task_units.release, task_id, epoch, checkpoint, now, idle)
 
     async def request_cancel(self, task_id: str, now: float) -> SendAnswer:
         return await self._write(task_units.request_cancel, task_id, now)

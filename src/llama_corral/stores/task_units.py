@@ -253,7 +253,9 @@ def _not_written(tx: Transaction, report: Report) -> ReportAnswer:
     return ReportAnswer("ok", state.event_count, tickets)
 
 
-def release(tx: Transaction, task_id: str, epoch: int, checkpoint: Checkpoint | None, idle: bool) -> ReportAnswer:
+def release(
+    tx: Transaction, task_id: str, epoch: int, checkpoint: Checkpoint | None, now: float, idle: bool
+) -> ReportAnswer:
     state = lock_state(tx, task_id)
     if state is None:
         return ReportAnswer("deleted")
@@ -262,6 +264,10 @@ def release(tx: Transaction, task_id: str, epoch: int, checkpoint: Checkpoint | 
     if not state.is_held_by_instance:  # released before, and the answer was lost
         waits = state.status == TaskStatus.WAITING
         return ReportAnswer("ok", state.event_count, () if waits else (state.ticket(),))
+    if state.cancel_requested:  # its owner gives it back without having heard of it; nobody may ever claim it again
+        tx.run(tx.sql.release, {"task_no": state.no, "progress": 0})
+        ended = _end_unowned(tx, state, TaskStatus.CANCELLED, CANCELLED_ERROR, now)
+        return ReportAnswer("ok", state.event_count, ended.tickets)
     # An idle run leaves memory only if nothing came for it since; else whoever claims it next goes on at once.
     stays_idle = idle and checkpoint is not None and checkpoint.inbox_applied >= state.inbox_head
     statement = tx.sql.leave_idle if stays_idle else tx.sql.release
@@ -360,7 +366,9 @@ def reap(tx: Transaction, dead_instances: Sequence[str], now: float) -> list[Tic
         for row in tx.all(tx.sql.owned_by, {"instance_id": instance_id}):
             state = TaskState._make(row)
             tx.run(tx.sql.orphan, {"task_no": state.no, "instance_id": instance_id})
-            if state.attempts + 1 >= state.max_attempts:
+            if state.cancel_requested:
+                tickets += _end_unowned(tx, state, TaskStatus.CANCELLED, CANCELLED_ERROR, now).tickets
+            elif state.attempts + 1 >= state.max_attempts:
                 error = ErrorRecord(
                     type="worker_lost",
                     message=f"The worker was lost {state.attempts + 1} times in a row.",
