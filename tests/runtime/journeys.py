@@ -51,8 +51,8 @@ class State(BaseModel):
 class Traveller(Workflow):
     """Notes the calls that ended. `stuck` steps never end: the run is left there."""
 
-    def __init__(self, *, stuck: bool = False) -> None:
-        super().__init__(timeout=None)
+    def __init__(self, *, stuck: bool = False, runtime: Any = None) -> None:
+        super().__init__(timeout=None, runtime=runtime)
         self.stuck = stuck
         self.ended: list[str] = []
 
@@ -137,6 +137,19 @@ class Answered(Asks):
 
 class AnsweredByAda(Answered):
     user = "ada"
+
+
+class GivesUp(Asks):
+    """Is left after it has waited in vain."""
+
+    @step
+    async def ask(self, ctx: Context, ev: Item) -> StopEvent:
+        try:
+            await ctx.wait_for_event(Answer, timeout=0.02)
+        except TimeoutError:
+            await self.maybe_stuck()
+            return StopEvent(result="nobody came")
+        return StopEvent()
 
 
 class FailsAnswered(Asks):
@@ -297,6 +310,7 @@ JOURNEYS = {
     ),
     "answered": Journey(Answered, [3], TOPIC, before=[Answer(text="yes")]),
     "answered-by-ada": Journey(AnsweredByAda, [3], TOPIC, before=[Answer(text="yes", user="ada")]),
+    "gives-up": Journey(GivesUp, "nobody came", TOPIC),
     "fails-answered": Journey(FailsAnswered, "yes", TOPIC, before=[Answer(text="yes", user="ada")]),
     "retries": Journey(Retries, [2, "attempt 2"]),
     "members": Journey(Members, [0, 2, 3, 6], {}, [Answer(text="ab", n=3), Answer(text="abc", n=1)]),

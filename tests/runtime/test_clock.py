@@ -12,7 +12,7 @@ import pytest
 import trio
 from workflows import Context, Workflow, catch_error, step
 from workflows import retry_policy as rp
-from workflows.errors import WorkflowTimeoutError
+from workflows.errors import ContextSerdeError, WorkflowTimeoutError
 from workflows.events import Event, HumanResponseEvent, StartEvent, StepFailedEvent, StopEvent, WorkflowFailedEvent
 
 from llama_corral.aio import open_asyncio_loop
@@ -289,3 +289,87 @@ async def test_clocks_of_several_runs_are_one(flavour, autojump_clock):
         for n in range(5):
             nursery.start_soon(one, n)
     assert ended == {n: close(HOUR) for n in range(5)}
+
+
+# A resumed run's waiters, which upstream's snapshots leave without their timeouts
+
+
+class Patient(Workflow):
+    """Waits an hour for an answer. Remembers when it gave up."""
+
+    user: str | None = None
+
+    def __init__(self, *, stuck=False):
+        super().__init__(timeout=None)
+        self.stuck = stuck
+        self.gave_up = []
+
+    @step
+    async def wait(self, ctx: Context, ev: StartEvent) -> StopEvent:
+        try:
+            requirements = {"user": self.user} if self.user else None
+            got = await ctx.wait_for_event(HumanResponseEvent, timeout=HOUR, requirements=requirements)
+        except TimeoutError:
+            self.gave_up.append(trio.current_time())
+            if self.stuck:
+                await anyio.sleep_forever()
+            return StopEvent(result="nobody came")
+        return StopEvent(result=got.response)
+
+
+class PatientWithOne(Patient):
+    user = "ada"
+
+
+@pytest.mark.parametrize("make", [Patient, PatientWithOne])
+@pytest.mark.parametrize(("away", "waits"), [(0, 0.75), (0.5, 0.25), (24, 0)])
+async def test_a_resumed_waiter_times_out_when_it_would_have(flavour, autojump_clock, wall_clock, make, away, waits):
+    stored = await left_after(0.25 * HOUR, make(), flavour)
+    await trio.sleep(away * HOUR)
+    began = trio.current_time()
+    workflow = make()
+    assert await resumed(workflow, stored, flavour) == "nobody came"
+    assert [at - began for at in workflow.gave_up] == [close(waits * HOUR)]
+
+
+@pytest.mark.parametrize("make", [Patient, PatientWithOne])
+async def test_a_resumed_waiter_can_still_be_answered(flavour, autojump_clock, wall_clock, make):
+    workflow = make()
+    stored = await left_after(0.25 * HOUR, workflow, flavour)
+    context = Context.from_dict(workflow, stored)
+    async with open_run(workflow, context=context, flavour=flavour) as run:
+        await trio.sleep(0.5 * HOUR)
+        assert run.statistics().timers == 1
+        run.send_event(HumanResponseEvent(response="here", user="ada"))
+        assert await run.result() == "here"
+
+
+@pytest.mark.parametrize("make", [Patient, PatientWithOne])
+async def test_a_run_left_while_it_gives_up_gives_up_again_at_once(flavour, autojump_clock, wall_clock, make):
+    stored = await left_after(1.25 * HOUR, make(stuck=True), flavour)
+    began = trio.current_time()
+    workflow = make()
+    assert await resumed(workflow, stored, flavour) == "nobody came"
+    assert workflow.gave_up == [close(began)]
+
+
+async def test_a_waiter_is_timed_over_any_number_of_resumes(flavour, autojump_clock, wall_clock):
+    began = trio.current_time()
+    stored = None
+    for _ in range(3):
+        workflow = PatientWithOne()
+        context = Context.from_dict(workflow, stored) if stored else None
+        async with open_run(workflow, context=context, flavour=flavour) as run:
+            await trio.sleep(0.25 * HOUR)
+            stored = json.loads(json.dumps(run.context.to_dict()))
+    workflow = PatientWithOne()
+    assert await resumed(workflow, stored, flavour) == "nobody came"
+    assert workflow.gave_up == [close(began + HOUR)]
+
+
+@pytest.mark.parametrize("damage", [3, [3], [["wait", "id"]], [["wait", "id", "soon"]]])
+async def test_damaged_deadlines_are_refused(flavour, autojump_clock, damage):
+    stored = await left_after(0.25 * HOUR, Patient(), flavour)
+    stored["state"]["waiter_deadlines"] = damage
+    with pytest.raises(ContextSerdeError, match="waiter_deadlines"):
+        await resumed(Patient(), stored, flavour)

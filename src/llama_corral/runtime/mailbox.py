@@ -46,7 +46,7 @@ def can_take(state: BrokerState, tick: TickAddEvent) -> bool:
 
 def _waits_for(state: BrokerState, step_id: StepId, event: Event, subclasses: bool) -> bool:
     for waiter in state.workers[step_id].collected_waiters:
-        if _takes_nothing(waiter):
+        if takes_nothing(waiter):
             continue
         if event_matches(event, waiter.waiting_for_event, allow_subclasses=subclasses) and all(
             getattr(event, name, None) == value for name, value in waiter.requirements.items()
@@ -55,7 +55,7 @@ def _waits_for(state: BrokerState, step_id: StepId, event: Event, subclasses: bo
     return False
 
 
-def _takes_nothing(waiter: StepWorkerWaiter[Any]) -> bool:
+def takes_nothing(waiter: StepWorkerWaiter[Any]) -> bool:
     """Whether the waiter has its event, or has timed out, or is one of a resumed run that has yet to ask its step what
     it required: snapshots leave that out."""
     if waiter.resolved_event is not None or waiter.timed_out:
@@ -80,7 +80,7 @@ def hide_answered(state: BrokerState) -> Hidden:
     hidden: Hidden = []
     for step_id, worker in state.workers.items():
         for waiter in worker.collected_waiters:
-            if _takes_nothing(waiter):
+            if takes_nothing(waiter):
                 hidden.append((step_id, waiter.waiter_id, waiter.waiting_for_event))
                 waiter.waiting_for_event = _Answered
     return hidden
