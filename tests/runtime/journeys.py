@@ -152,6 +152,27 @@ class GivesUp(Asks):
         return StopEvent()
 
 
+class FailsWaiting(Asks):
+    """Is left in the error handler of a step that waited in vain and failed. The handler waits for the same type."""
+
+    @step
+    async def ask(self, ctx: Context, ev: Item) -> StopEvent:
+        try:
+            got = await ctx.wait_for_event(Answer, timeout=0.02)
+        except TimeoutError:
+            await self.end("ask")
+            raise
+        await self.end("ask")
+        return StopEvent(result=got.text)
+
+    @catch_error
+    async def handle(self, ctx: Context, ev: StepFailedEvent) -> StopEvent:
+        got = await ctx.wait_for_event(Answer, waiter_event=Question(topic=str(ev.exception)))
+        for _ in range(20):  # whatever else has been started comes along
+            await anyio.lowlevel.checkpoint()
+        return StopEvent(result=got.text)
+
+
 class FailsAnswered(Asks):
     """Is left in the error handler of a step that had its answer and failed."""
 
@@ -311,6 +332,7 @@ JOURNEYS = {
     "answered": Journey(Answered, [3], TOPIC, before=[Answer(text="yes")]),
     "answered-by-ada": Journey(AnsweredByAda, [3], TOPIC, before=[Answer(text="yes", user="ada")]),
     "gives-up": Journey(GivesUp, "nobody came", TOPIC),
+    "fails-waiting": Journey(FailsWaiting, "yes", TOPIC, [Answer(text="yes")]),
     "fails-answered": Journey(FailsAnswered, "yes", TOPIC, before=[Answer(text="yes", user="ada")]),
     "retries": Journey(Retries, [2, "attempt 2"]),
     "members": Journey(Members, [0, 2, 3, 6], {}, [Answer(text="ab", n=3), Answer(text="abc", n=1)]),

@@ -22,7 +22,16 @@ from .deadlines import Deadlines, WaiterKey
 from .home import Home
 from .hooks import RunHooks
 from .live_state import LiveBrokerState
-from .mailbox import FromOutside, Held, can_take, hide_answered, show_answered, unhandled
+from .mailbox import (
+    FromOutside,
+    Held,
+    can_take,
+    forget_waiter,
+    has_failed_for_good,
+    hide_answered,
+    show_answered,
+    unhandled,
+)
 from .nesting import current_activity
 from .options import RunOptions
 from .stream import EventRing
@@ -210,6 +219,8 @@ class RunCore:
                 key = (tick.invocation_namespace, tick.step_id, result.waiter_id)
                 self._timers.discard(key)
                 self.deadlines.pop(key, None)
+                if has_failed_for_good(tick):
+                    forget_waiter(self.broker_state, tick.step_id, result.waiter_id)
 
     def _time_waiter(self, key: WaiterKey, at: float) -> None:
         namespace, step_id, waiter_id = key
