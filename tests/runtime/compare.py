@@ -6,7 +6,7 @@ Upstream's runtime needs asyncio, so its run has a loop and a thread of its own,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from llama_corral.runtime import open_run
 CANCEL = object()
 """In a script: cancel the run."""
 
-PATIENCE = 10.0
+PATIENCE = 5.0
 """Seconds for one run, so that a run that hangs fails its test by name."""
 
 MEASURED = {"elapsed_seconds", "failed_at"}
@@ -38,6 +38,7 @@ class Case:
         make: Gives a fresh workflow.
         start: Fields of the start event.
         script: What is sent from outside, in order: after an event of this type, these events or CANCEL.
+        reply: What is sent from outside at each published event, besides.
         result: What the run returns, or
         error: the type of what it raises.
         match: Is part of the error's text.
@@ -50,6 +51,7 @@ class Case:
     make: Callable[[], Workflow]
     start: dict[str, Any] = field(default_factory=dict)
     script: Sequence[tuple[type[Event], Any]] = ()
+    reply: Callable[[Event], Sequence[Event]] = lambda event: ()
     result: Any = NOT_TOLD
     error: type[BaseException] | None = None
     match: str = ""
@@ -91,7 +93,7 @@ async def on_ours(case: Case, flavour: str) -> Told:
         async with open_run(case.make(), flavour=flavour, internal_events=True, **case.start) as run:
             async for event in run.events():
                 events.append(event)
-                for item in _due(left, event):
+                for item in (*_due(left, event), *case.reply(event)):
                     run.cancel() if item is CANCEL else run.send_event(item)
             return await _told(case, run.result(), events)
 
@@ -113,7 +115,7 @@ async def run_on_upstream(case: Case) -> Told:
         handler = case.make().run(**case.start)
         async for event in handler.stream_events(expose_internal=True):
             events.append(event)
-            for item in _due(left, event):
+            for item in (*_due(left, event), *case.reply(event)):
                 if item is CANCEL:
                     await handler.cancel_run()
                 else:
@@ -128,17 +130,19 @@ def _due(left: list[tuple[type[Event], Any]], event: Event) -> list[Any]:
     return items if isinstance(items, list) else [items]
 
 
-async def _told(case: Case, result: Any, events: list[Event]) -> Told:
-    error = None
-    try:
-        outcome = "returned", told_value(await result)
-    except Exception as exc:
-        error = exc
-        outcome = "raised", told_error(exc, words=case.words)
+async def _told(case: Case, result: Awaitable[Any], events: list[Event]) -> Told:
+    outcome, error = await told_outcome(case, result)
     if case.cut:
         events = events[-1:]
     told = [told_event(event, case) for event in events if not (case.parallel and depends_on_speed(event))]
     return Told(outcome, error, sorted(told) if case.parallel else told)
+
+
+async def told_outcome(case: Case, result: Awaitable[Any]) -> tuple[tuple[str, Any], BaseException | None]:
+    try:
+        return ("returned", told_value(await result)), None
+    except Exception as exc:
+        return ("raised", told_error(exc, words=case.words)), exc
 
 
 def depends_on_speed(event: Event) -> bool:

@@ -51,8 +51,8 @@ class State(BaseModel):
 class Traveller(Workflow):
     """Notes the calls that ended. `stuck` steps never end: the run is left there."""
 
-    def __init__(self, *, stuck: bool = False) -> None:
-        super().__init__(timeout=None)
+    def __init__(self, *, stuck: bool = False, runtime: Any = None) -> None:
+        super().__init__(timeout=None, runtime=runtime)
         self.stuck = stuck
         self.ended: list[str] = []
 
@@ -137,6 +137,40 @@ class Answered(Asks):
 
 class AnsweredByAda(Answered):
     user = "ada"
+
+
+class GivesUp(Asks):
+    """Is left after it has waited in vain."""
+
+    @step
+    async def ask(self, ctx: Context, ev: Item) -> StopEvent:
+        try:
+            await ctx.wait_for_event(Answer, timeout=0.02)
+        except TimeoutError:
+            await self.maybe_stuck()
+            return StopEvent(result="nobody came")
+        return StopEvent()
+
+
+class FailsWaiting(Asks):
+    """Is left in the error handler of a step that waited in vain and failed. The handler waits for the same type."""
+
+    @step
+    async def ask(self, ctx: Context, ev: Item) -> StopEvent:
+        try:
+            got = await ctx.wait_for_event(Answer, timeout=0.02)
+        except TimeoutError:
+            await self.end("ask")
+            raise
+        await self.end("ask")
+        return StopEvent(result=got.text)
+
+    @catch_error
+    async def handle(self, ctx: Context, ev: StepFailedEvent) -> StopEvent:
+        got = await ctx.wait_for_event(Answer, waiter_event=Question(topic=str(ev.exception)))
+        for _ in range(20):  # whatever else has been started comes along
+            await anyio.lowlevel.checkpoint()
+        return StopEvent(result=got.text)
 
 
 class FailsAnswered(Asks):
@@ -297,6 +331,8 @@ JOURNEYS = {
     ),
     "answered": Journey(Answered, [3], TOPIC, before=[Answer(text="yes")]),
     "answered-by-ada": Journey(AnsweredByAda, [3], TOPIC, before=[Answer(text="yes", user="ada")]),
+    "gives-up": Journey(GivesUp, "nobody came", TOPIC),
+    "fails-waiting": Journey(FailsWaiting, "yes", TOPIC, [Answer(text="yes")]),
     "fails-answered": Journey(FailsAnswered, "yes", TOPIC, before=[Answer(text="yes", user="ada")]),
     "retries": Journey(Retries, [2, "attempt 2"]),
     "members": Journey(Members, [0, 2, 3, 6], {}, [Answer(text="ab", n=3), Answer(text="abc", n=1)]),

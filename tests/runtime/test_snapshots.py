@@ -18,7 +18,7 @@ from workflows import Context
 from workflows.events import Event, StepState, StepStateChanged, WorkflowIdleEvent
 
 from llama_corral.aio import open_asyncio_loop
-from llama_corral.runtime import RunHooks, RunOptions, make_run, new_context
+from llama_corral.runtime import RunHooks, RunOptions, StructuredRuntime, make_run, new_context
 
 from .journeys import JOURNEYS, go_on, outcome_of
 
@@ -177,6 +177,21 @@ async def test_a_run_of_ours_goes_on_upstream_and_back(flavour, name):
     outcome, ended_here = await go_on_here(name, stored, flavour)
     assert outcome == journey.outcome()
     assert not set(ended) & set(ended_here)
+
+
+@pytest.mark.parametrize("name", ["asks-ada", "answered-by-ada", "gives-up", "fails-answered", "members"])
+async def test_a_run_goes_on_in_plain_run(flavour, configuration, name):
+    if configuration != "asyncio":
+        pytest.skip("plain run() is asyncio's")
+    journey = JOURNEYS[name]
+    for moment in await photographed(name, flavour, to_the_end=False, answers=journey.before):
+        async with StructuredRuntime() as runtime:
+            workflow = journey.make(runtime=runtime)
+            handler = workflow.run(ctx=Context.from_dict(workflow, moment.stored))
+            for answer in (*moment.held, *journey.answers):
+                handler.ctx.send_event(answer)
+            assert await outcome_of(handler) == journey.outcome()
+        assert not moment.ended & set(workflow.ended)
 
 
 async def go_on_here(name, stored, flavour):

@@ -11,6 +11,7 @@ import anyio
 from ..aio import caller_library, open_asyncio_loop
 from .checks import check_run
 from .child_runtime import bind_children
+from .deadlines import carried_deadlines
 from .hooks import RunHooks
 from .live_state import fresh_state, live
 from .options import DEFAULT_EVENT_BUFFER, DEFAULT_MAILBOX, RunOptions, StepFlavour
@@ -58,6 +59,7 @@ def make_run(
         else open_state(workflow, pre.serialized_state, pre.serializer),
         start_event=start,
         serializer=None if pre is None else pre.serializer,
+        deadlines=None if pre is None else carried_deadlines(pre.init_snapshot.state),
         run_id=run_id,
         hooks=hooks,
         options=options,

@@ -18,10 +18,20 @@ from types import TracebackType
 import anyio
 import anyio.abc
 
+from .deadlines import Deadlines, WaiterKey
 from .home import Home
 from .hooks import RunHooks
 from .live_state import LiveBrokerState
-from .mailbox import FromOutside, Held, can_take, hide_answered, show_answered, unhandled
+from .mailbox import (
+    FromOutside,
+    Held,
+    can_take,
+    forget_waiter,
+    has_failed_for_good,
+    hide_answered,
+    show_answered,
+    unhandled,
+)
 from .nesting import current_activity
 from .options import RunOptions
 from .stream import EventRing
@@ -79,6 +89,7 @@ class RunCore:
         hooks: RunHooks | None,
         options: RunOptions | None,
         home: Home | None,
+        deadlines: Deadlines | None = None,
     ) -> None:
         self.workflow = workflow
         self.run_id = run_id or secrets.token_hex(8)
@@ -100,6 +111,7 @@ class RunCore:
         self._draining = False
         self._is_leaving = False
         self._timers = Timers()
+        self.deadlines: Deadlines = deadlines or {}
         self._timer_scope: anyio.CancelScope | None = None
         self._working = 0
         self._parked = 0
@@ -176,12 +188,12 @@ class RunCore:
         else:
             tick = item
         commands = self._reduced(tick)
+        if type(tick) is TickStepResult:
+            self._note_waiters(tick)  # before anything is published: whoever hears it may take a snapshot
         for command in commands:
             self._obey(command)
             if self._outcome is not None:
                 return
-        if type(tick) is TickStepResult:
-            self._note_waiters(tick)
 
     def _reduced(self, tick: WorkflowTick) -> list[WorkflowCommand]:
         now = self.now()
@@ -199,8 +211,23 @@ class RunCore:
         for result in tick.result:
             if isinstance(result, AddWaiter):
                 self._held.look_again = True
+                key = (tick.invocation_namespace, tick.step_id, result.waiter_id)
+                # Upstream times a waiter where it is new. One that a resumed run had is timed where its step asks again.
+                if result.timeout is not None and key not in self._timers:
+                    self._time_waiter(key, self.deadlines.get(key, self.now() + result.timeout))
             elif isinstance(result, DeleteWaiter):
-                self._timers.discard((tick.invocation_namespace, tick.step_id, result.waiter_id))
+                key = (tick.invocation_namespace, tick.step_id, result.waiter_id)
+                self._timers.discard(key)
+                self.deadlines.pop(key, None)
+                if has_failed_for_good(tick):
+                    forget_waiter(self.broker_state, tick.step_id, result.waiter_id)
+
+    def _time_waiter(self, key: WaiterKey, at: float) -> None:
+        namespace, step_id, waiter_id = key
+        tick = TickWaiterTimeout(step_id=step_id, waiter_id=waiter_id, invocation_namespace=namespace)
+        self.deadlines[key] = at  # until its step has seen it: a snapshot may be taken before
+        self._timers.schedule(at, tick, key)
+        self._rearm()
 
     def _obey(self, command: WorkflowCommand) -> None:
         if isinstance(command, CommandPublishEvent):
@@ -232,14 +259,8 @@ class RunCore:
 
     def _obey_timer(self, command: WorkflowCommand) -> None:
         if isinstance(command, CommandScheduleWaiterTimeout):
-            tick = TickWaiterTimeout(
-                step_id=command.step_id,
-                waiter_id=command.waiter_id,
-                invocation_namespace=command.invocation_namespace,
-            )
-            key = (command.invocation_namespace, command.step_id, command.waiter_id)
-            self._timers.schedule(self.now() + command.timeout, tick, key)
-        elif isinstance(command, CommandScheduleTimeout):
+            return  # _note_waiters did it
+        if isinstance(command, CommandScheduleTimeout):
             self._timers.schedule(command.at_time, TickTimeout(timeout=command.timeout))
         elif isinstance(command, CommandScheduleWakeup):
             self._timers.schedule(command.at_time, TickWakeup(due=command.at_time))

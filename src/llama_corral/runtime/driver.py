@@ -24,6 +24,7 @@ from ..aio import Bell, await_in, in_foreign_library, kept_tasks
 from ..exceptions import MailboxFull, RunClosed
 from .child_runtime import nest_by_default
 from .core import RunCore
+from .deadlines import Deadlines, timed_at_once
 from .faces import RunAdapter, StepFace
 from .home import Home
 from .hooks import RunHooks
@@ -75,8 +76,11 @@ class RunDriver(RunCore):
         hooks: RunHooks | None = None,
         options: RunOptions | None = None,
         home: Home | None = None,
+        deadlines: Deadlines | None = None,
     ) -> None:
-        super().__init__(workflow, state=state, run_id=run_id, hooks=hooks, options=options, home=home)
+        super().__init__(
+            workflow, state=state, run_id=run_id, hooks=hooks, options=options, home=home, deadlines=deadlines
+        )
         self._store = store
         self._serializer = serializer
         self._start_event = start_event
@@ -283,6 +287,8 @@ class RunDriver(RunCore):
                 self._buffer.append(TickTimeout(timeout=timeout))
             else:
                 self._timers.schedule(start + remaining, TickTimeout(timeout=timeout))
+        for key, at in timed_at_once(self.broker_state, self.deadlines).items():
+            self._time_waiter(key, at)
         self._buffer.extend(resuming_ticks(self.broker_state))
         if self._start_event is not None:
             self._buffer.append(TickAddEvent(event=self._start_event, stamped_at=start))

@@ -10,11 +10,13 @@ from collections.abc import AsyncGenerator, Coroutine
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from .deadlines import carry_deadlines
 from .inline import drive_inline
 from .nesting import current_activity
 from .state import RunStateStore
 from .thread import in_abandoned_thread
 from .upstream import (
+    BaseSerializer,
     BrokerState,
     Event,
     ExternalContext,
@@ -98,9 +100,19 @@ class OutsideFace(ExternalContext[Any, Any]):
     @property
     def _state(self) -> BrokerState:
         # Upstream replays the run's whole tick log here; we keep the state itself and no log (P12).
+        return self._run.broker_state
+
+    @property
+    def _run(self) -> Run:
         adapter = self._external_adapter
         assert isinstance(adapter, RunAdapter)
-        return adapter.init_state
+        return adapter._run
+
+    def to_dict(self, serializer: BaseSerializer | None = None, *, include_state: bool = True) -> dict[str, Any]:
+        snapshot = super().to_dict(serializer, include_state=include_state)
+        if include_state:
+            carry_deadlines(self._run.broker_state, self._run.deadlines, snapshot["state"])
+        return snapshot
 
 
 class RunAdapter(InternalRunAdapter, ExternalRunAdapter, SnapshottableAdapter, V2RuntimeCompatibilityShim):

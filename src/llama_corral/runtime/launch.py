@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .deadlines import carried_deadlines
 from .home import Home
 from .live_state import live
 from .options import RunOptions
@@ -37,4 +38,5 @@ class Launch:
             run_id=self.run_id,
             options=options,
             home=home,
+            deadlines=carried_deadlines(self.serialized_state),
         )

@@ -16,8 +16,10 @@ from .upstream import (
     BrokerState,
     Event,
     StepId,
+    StepWorkerFailed,
     StepWorkerWaiter,
     TickAddEvent,
+    TickStepResult,
     UnhandledEvent,
     event_matches,
     step_accepts_event,
@@ -46,7 +48,7 @@ def can_take(state: BrokerState, tick: TickAddEvent) -> bool:
 
 def _waits_for(state: BrokerState, step_id: StepId, event: Event, subclasses: bool) -> bool:
     for waiter in state.workers[step_id].collected_waiters:
-        if _takes_nothing(waiter):
+        if takes_nothing(waiter):
             continue
         if event_matches(event, waiter.waiting_for_event, allow_subclasses=subclasses) and all(
             getattr(event, name, None) == value for name, value in waiter.requirements.items()
@@ -55,7 +57,7 @@ def _waits_for(state: BrokerState, step_id: StepId, event: Event, subclasses: bo
     return False
 
 
-def _takes_nothing(waiter: StepWorkerWaiter[Any]) -> bool:
+def takes_nothing(waiter: StepWorkerWaiter[Any]) -> bool:
     """Whether the waiter has its event, or has timed out, or is one of a resumed run that has yet to ask its step what
     it required: snapshots leave that out."""
     if waiter.resolved_event is not None or waiter.timed_out:
@@ -80,7 +82,7 @@ def hide_answered(state: BrokerState) -> Hidden:
     hidden: Hidden = []
     for step_id, worker in state.workers.items():
         for waiter in worker.collected_waiters:
-            if _takes_nothing(waiter):
+            if takes_nothing(waiter):
                 hidden.append((step_id, waiter.waiter_id, waiter.waiting_for_event))
                 waiter.waiting_for_event = _Answered
     return hidden
@@ -94,6 +96,26 @@ def show_answered(state: BrokerState, hidden: Hidden) -> None:
         for waiter in chain(worker.collected_waiters, *snapshots):
             if waiter.waiter_id == waiter_id and waiter.waiting_for_event is _Answered:
                 waiter.waiting_for_event = waited_for
+
+
+def has_failed_for_good(tick: TickStepResult) -> bool:
+    """Whether a step's call failed and is not tried again."""
+    return any(
+        isinstance(result, StepWorkerFailed)
+        and result.retry_decision is not None
+        and result.retry_decision.delay is None
+        for result in tick.result
+    )
+
+
+def forget_waiter(state: BrokerState, step_id: StepId, waiter_id: str) -> None:
+    """Take a waiter out of the state whose step has had its answer, or given up.
+
+    Upstream keeps it where the step failed, for a retry. Without one it would stay, and in a resumed run, which does not
+    know that it had timed out, take an answer and start the step again beside its error handler.
+    """
+    waiters = state.workers[step_id].collected_waiters
+    waiters[:] = [waiter for waiter in waiters if waiter.waiter_id != waiter_id]
 
 
 class Held:

@@ -28,6 +28,9 @@ class Timers:
     def __len__(self) -> int:
         return len(self._heap) - self._dead
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._latest
+
     def schedule(self, at: float, tick: WorkflowTick, key: Hashable = None) -> None:
         """Have the tick due at a time, in seconds since the epoch."""
         self._sequence += 1

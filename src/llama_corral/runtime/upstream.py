@@ -34,6 +34,7 @@ from workflows.context.serializers import BaseSerializer
 from workflows.context.state_store import DictState, InMemoryStateStore, infer_state_type, is_durable_serialized_state
 from workflows.decorators import StepConfig
 from workflows.errors import (
+    ContextSerdeError,
     ContextStateError,
     WorkflowCancelledByUser,
     WorkflowRuntimeError,
@@ -135,6 +136,7 @@ __all__ = (
     "CommandScheduleWaiterTimeout",
     "CommandScheduleWakeup",
     "Context",
+    "ContextSerdeError",
     "ContextStateError",
     "DeleteWaiter",
     "DictState",
@@ -277,20 +279,19 @@ def broker_config(workflow: Workflow) -> BrokerConfig:
 
 def restored_state(workflow: Workflow, pre: PreContext[Any]) -> BrokerState:
     """The state of a run that starts from what a context carries."""
-    state = BrokerState.from_serialized(pre.init_snapshot, workflow, pre.serializer)
-    for worker in state.workers.values():
-        for waiter in worker.collected_waiters:
-            # It requires nothing any more: nobody needs to ask its step (see `resuming_ticks`).
-            if waiter.resolved_event is not None:
-                waiter.has_requirements = False
-    return state
+    return BrokerState.from_serialized(pre.init_snapshot, workflow, pre.serializer)
 
 
 def resuming_ticks(state: BrokerState) -> list[WorkflowTick]:
     """What starts the steps once more whose waiters are in a snapshot without what they required.
 
-    Upstream starts them also where the same call is in the snapshot, at work or queued: it would run twice.
+    Upstream starts them also where the same call is in the snapshot, at work or queued, and where the waiter has its
+    answer: it would run twice.
     """
+    for worker in state.workers.values():
+        for waiter in worker.collected_waiters:
+            if waiter.resolved_event is not None:
+                waiter.has_requirements = False  # nobody needs to be asked what it required
     return [tick for tick in state.rehydrate_with_ticks() if not _is_under_way(state, tick)]
 
 
