@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from importlib.metadata import version
 from typing import Annotated
 
 import anyio.to_thread
@@ -237,6 +238,7 @@ async def test_a_workflow_without_validation_runs(flavour, make):
     assert make.calls == 1
 
 
+@pytest.mark.skipif(version("llama-index-workflows") == "2.26.0", reason="upstream looks at it from 2.26.1 on")
 @pytest.mark.parametrize("make", [TwoWildcards, HandlesNothing, ClaimedTwice])
 async def test_who_handles_an_error_must_be_clear_without_validation_too(flavour, make):
     with pytest.raises(WorkflowValidationError):
