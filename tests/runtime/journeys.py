@@ -160,7 +160,7 @@ class FailsWaiting(Asks):
         try:
             got = await ctx.wait_for_event(Answer, timeout=0.02)
         except TimeoutError:
-            await self.end("ask")
+            await self.end("ask")  # noqa: ASYNC120
             raise
         await self.end("ask")
         return StopEvent(result=got.text)

@@ -444,3 +444,139 @@ async def test_a_run_that_a_thread_started_ends_with_the_run_around(flavour):
             with pytest.raises(WorkflowCancelledByUser):
                 await run.result()
     assert not hooks.slot.held
+
+
+class TwoChildren(AwaitsRunWorkflow):
+    """Awaits an idle child while another one works."""
+
+    async def wait(self):
+        async with open_run(Busy(self.box), flavour=self.flavour) as busy:
+            try:
+                return await run_workflow(Asks(self.box), flavour=self.flavour)
+            finally:
+                await busy.result()  # noqa: ASYNC102 -- it is about to end
+
+
+class Busy(Workflow):
+    def __init__(self, box):
+        super().__init__(timeout=None)
+        self.box = box
+
+    @step
+    async def work(self, ev: StartEvent) -> StopEvent:
+        for _ in range(200):
+            await anyio.lowlevel.checkpoint()
+            self.box.check()
+        if self.box.asking is not None:
+            self.box.answer()
+        return StopEvent(result="worked")
+
+
+async def test_a_parent_of_an_idle_child_and_a_busy_one_is_not_idle(flavour):
+    box = Box()
+    async with open_asyncio_loop():
+        async with open_run(TwoChildren(box, flavour), flavour=flavour, hooks=SlotHooks(box.slot)) as run:
+            assert await run.result() == "parent of child: yes"
+        box.slot.release()
+
+
+class LeavesBusy(Workflow):
+    """Its step ends before the run that it started."""
+
+    def __init__(self, box):
+        super().__init__(timeout=None)
+        self.box = box
+
+    @step
+    async def start(self, ctx: Context, ev: StartEvent) -> StopEvent | None:
+        self.handler = Busy(self.box).run()
+
+    @step
+    async def end(self, ctx: Context, ev: HumanResponseEvent) -> StopEvent:
+        return StopEvent(result=await self.handler)
+
+
+async def test_a_run_that_outlives_its_step_works_under_the_slot_of_the_run_around(configuration, flavour):
+    if configuration == "trio-anyio":
+        pytest.skip("plain run() is asyncio's")
+    box = Box()
+    hooks = IdleHooks(box.slot)
+    async with open_asyncio_loop():
+        async with open_run(LeavesBusy(box), flavour=flavour, hooks=hooks) as run:
+            await hooks.idle.wait()  # and not before the child has ended: it checks its slot
+            assert not box.slot.held
+            run.send_event(HumanResponseEvent())
+            assert await run.result() == "worked"  # awaited by another step than the one that started it
+        box.slot.release()
+
+
+class Cleans(Workflow):
+    """The clean-up of its step runs a workflow."""
+
+    def __init__(self, how, flavour):
+        super().__init__(timeout=None)
+        self.how, self.flavour = how, flavour
+        self.cleaned = None
+
+    @step
+    async def hang(self, ev: StartEvent) -> StopEvent:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                if self.how == "plain":
+                    self.cleaned = await Tidies().run()  # noqa: ASYNC102
+                else:
+                    self.cleaned = await run_workflow(Tidies(), flavour=self.flavour)  # noqa: ASYNC102
+        return StopEvent()
+
+
+class Tidies(Workflow):
+    @step
+    async def tidy(self, ev: StartEvent) -> StopEvent:
+        await anyio.lowlevel.checkpoint()
+        return StopEvent(result="tidy")
+
+
+@pytest.mark.parametrize("how", ["plain", "run_workflow"])
+async def test_clean_up_may_run_a_workflow(configuration, flavour, how):
+    if configuration == "trio-anyio" and how == "plain":
+        pytest.skip("plain run() is asyncio's")
+    workflow = Cleans(how, flavour)
+    async with open_asyncio_loop():
+        async with open_run(workflow, flavour=flavour) as run:
+            await anyio.wait_all_tasks_blocked()
+            run.cancel()
+            with pytest.raises(WorkflowCancelledByUser):
+                await run.result()
+    assert workflow.cleaned == "tidy"
+
+
+class OwnLoop(Workflow):
+    """A sync step with an event loop of its own in its thread."""
+
+    def __init__(self, child):
+        super().__init__(timeout=None)
+        self.child = child
+
+    @step
+    def work(self, ev: StartEvent) -> StopEvent:
+        async def plain():
+            return await self.child.run()
+
+        return StopEvent(result=[asyncio.run(plain()), anyio.run(run_workflow, Tidies())])
+
+
+async def test_a_sync_step_may_run_workflows_in_a_loop_of_its_own(flavour):
+    workflow = OwnLoop(Tidies())
+    assert await run_workflow(workflow, flavour=flavour) == ["tidy", "tidy"]
+
+
+async def test_an_attribute_that_has_run_before_belongs_to_the_run_too(configuration, flavour):
+    if configuration == "trio-anyio":
+        pytest.skip("plain run() is asyncio's")
+    box = Box()
+    parent = PlainAttribute(box, flavour)
+    parent.child._runtime_locked = True  # as it is once it has run
+    async with open_asyncio_loop():
+        assert await box.drive(parent, flavour) == "parent of child: yes"

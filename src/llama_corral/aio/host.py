@@ -16,7 +16,7 @@ import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextvars import ContextVar
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, TypeVar
 
 import sniffio
@@ -27,6 +27,8 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _owned: ContextVar[set[asyncio.Task[Any]] | None] = ContextVar("llama_corral_owned_tasks", default=None)
+
+_free: set[CodeType] = set()
 
 ORPHAN_GRACE = 5.0
 """Seconds that a task left behind by a call may take to unwind after its cancellation."""
@@ -134,7 +136,7 @@ def _create_owned_task(
     """Tie every asyncio task to the call that created it, so that none outlives its step (P6)."""
     task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **kwargs)
     owned = _owned.get()
-    if owned is not None:
+    if owned is not None and getattr(coro, "cr_code", None) not in _free:
         owned.add(task)
         task.add_done_callback(owned.discard)
     return task
@@ -146,6 +148,11 @@ def _owning_loop() -> Any:
     if loop is not None and loop.get_task_factory() is None:
         loop.set_task_factory(_create_owned_task)
     return loop
+
+
+def free_tasks_of(function: Callable[..., Any]) -> None:
+    """Let tasks that run this coroutine function belong to no call. It must end by itself."""
+    _free.add(function.__code__)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..aio import caller_library
+from ..aio import caller_library, free_tasks_of
 from ..exceptions import FlavourError
 from .launch import Launch
 from .nesting import current_activity
@@ -26,6 +26,7 @@ from .upstream import (
     rebind,
     runtime_of,
     set_default_runtime,
+    wait_of_handler,
 )
 
 
@@ -56,6 +57,9 @@ class NestingRuntime(BaseRuntimeDecorator):
 
 _nesting = NestingRuntime(basic_runtime)
 
+# A handler waits in a task of its own for its run, which may outlive the step that started it, and ends with it.
+free_tasks_of(wait_of_handler())
+
 
 def bind_children(workflow: Workflow) -> None:
     """Let runs of workflows that are attributes of this one belong to the run of the step that starts them."""
@@ -71,7 +75,7 @@ def nest_by_default() -> None:
 
 
 def start_as_child(launch: Launch) -> ExternalRunAdapter | None:
-    """Start a run inside of the run whose step the caller is; None where the caller is no step.
+    """Start a run inside of the run whose step the caller is; None where the caller is no step, or its run is ending.
 
     Raises:
         FlavourError: the step speaks Trio, in which upstream's handler cannot be awaited.
@@ -89,4 +93,5 @@ def start_as_child(launch: Launch) -> ExternalRunAdapter | None:
             flavour="anyio",
         )
     bind_children(launch.workflow)
-    return activity.run.start_child(launch)
+    child = activity.run.start_child(launch)
+    return child.adapter if child is not None else None

@@ -98,6 +98,8 @@ class RunCore:
         self._hooks = hooks
         self._narrator: Narrator | None = narrator_of(workflow)
         self._parent = current_activity()
+        if self._parent is not None:
+            self._parent.add_child(self)
         # Time stamps are wall-clock and persisted; durations obey the backend's clock, which tests may move.
         self._home = home or Home.here()
         self._clock = self._home.clock
@@ -124,6 +126,11 @@ class RunCore:
     @abstractmethod
     def _start_step(self, command: CommandRunWorker) -> None: ...
 
+    @property
+    def is_idle(self) -> bool:
+        """True while no step is working and only an outside event or a timer can change that."""
+        return self._idle and self._outcome is None
+
     def now(self) -> float:
         """Seconds since the epoch, moved by the backend's clock."""
         return self._epoch + self._clock()
@@ -138,7 +145,7 @@ class RunCore:
                 item = self._next_item()
                 if item is not None:
                     self._reduce(item)
-                elif self._working > self._parked or self._idle or self._is_leaving:
+                elif self._idle or self._is_leaving or self._is_at_work():
                     return
                 else:
                     self._become_idle()  # a hook may send an event: look again
@@ -163,9 +170,18 @@ class RunCore:
             self._hooks.on_idle()
         self._tell_parent()
 
+    def _end_idleness(self) -> None:
+        if self._idle:
+            self._idle = False
+            self._tell_parent()
+
+    def _is_at_work(self) -> bool:
+        """Whether a step works, and does not only wait for an idle run of its own."""
+        return self._working > self._parked
+
+    @abstractmethod
     def _tell_parent(self) -> None:
-        if self._parent is not None:
-            self._parent.look()
+        """The run has become idle, works again, or has ended."""
 
     def _next_item(self) -> WorkflowTick | FromOutside | None:
         # Held events go first: they came before whatever came since.

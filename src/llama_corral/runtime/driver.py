@@ -9,30 +9,27 @@ threads hop into the loop.
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import Context as ContextVars
 from contextvars import copy_context
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.from_thread
 import anyio.lowlevel
 
-from ..aio import Bell, await_in, in_foreign_library, kept_tasks
+from ..aio import Bell, in_foreign_library
 from ..exceptions import MailboxFull, RunClosed
 from .child_runtime import nest_by_default
-from .core import RunCore
 from .deadlines import Deadlines, timed_at_once
 from .faces import RunAdapter, StepFace
+from .family import RunFamily
 from .home import Home
 from .hooks import RunHooks
-from .launch import Launch
 from .live_state import LiveBrokerState
 from .mailbox import FromOutside
 from .nesting import StepActivity
-from .options import DEFAULT_EVENT_BUFFER, INTERNAL_MAILBOX, RunOptions
+from .options import INTERNAL_MAILBOX, RunOptions
 from .registry import register, turns_of
 from .spans import RunSpan, is_watched, tag_run
 from .state import RunStateStore, fresh_store
@@ -61,7 +58,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 
-class RunDriver(RunCore):
+class RunDriver(RunFamily):
     """What a run does. `Run` adds the public side."""
 
     def __init__(
@@ -93,11 +90,6 @@ class RunDriver(RunCore):
 
         self._vars: ContextVars | None = None
         self._driven = False
-        self._is_adopted = False
-        self._wake: anyio.Event | None = None
-        self._adopted: list[tuple[Run, ContextVars]] = []
-        self._until_end: set[anyio.CancelScope] = set()
-        self._on_child_end = Bell()
         self._closed = False
         self._on_closed = Bell()
 
@@ -112,14 +104,6 @@ class RunDriver(RunCore):
         if self._store is None:
             self._store = fresh_store(self._registered.state_type)
         return self._store
-
-    def _as_run(self) -> Run:
-        return self  # type: ignore[return-value] # the only subclass
-
-    @property
-    def home(self) -> Home:
-        """The event loop that drives the run."""
-        return self._home
 
     def now(self) -> float:
         """Seconds since the epoch, moved by the backend's clock."""
@@ -168,13 +152,6 @@ class RunDriver(RunCore):
         self._buffer.append(tick)
         self._drain_soon()
 
-    def _drain_soon(self) -> None:
-        """Reduce what is buffered: here, or in the driver where the caller speaks the other library."""
-        if not in_foreign_library(self._home.backend):
-            self._drain()
-        elif self._wake is not None:
-            self._wake.set()
-
     def _from_thread(self, function: Callable[[Any], None], argument: Any) -> None:
         try:
             anyio.from_thread.run_sync(function, argument, token=self._home.token)
@@ -200,7 +177,7 @@ class RunDriver(RunCore):
             raise RuntimeError(f"run {self.run_id} was already driven")
         self._driven = True
         try:
-            if self._parent is None or self._parent.run is None or self._is_adopted:
+            if self._parent is None or self._parent.run is None or self._adopted_by is not None:
                 await self._drive()
             else:
                 await self._drive_in_step(self._parent.run)
@@ -211,7 +188,8 @@ class RunDriver(RunCore):
 
     async def _drive_in_step(self, parent: Run) -> None:
         """Drive in a task of the step that started the run."""
-        if in_foreign_library(parent.home.backend):
+        # In the other library it ends with its step; and what the clean-up of a step runs, that ends.
+        if in_foreign_library(parent.home.backend) or parent.is_ending:
             await self.wait_as_parent(self._is_open, self._drive)
         else:  # whatever task this is, a thread's for one, it does not outlive the run around
             with anyio.CancelScope() as scope, parent.until_end(scope):
@@ -234,18 +212,10 @@ class RunDriver(RunCore):
                     self._buffer.extend(self._timers.take_due(self.now()))
                     self._drain()
             finally:
-                self._is_leaving = True
-                for scope in tuple(self._until_end):
-                    scope.cancel()
+                self._dismiss()
                 self._tasks.cancel_scope.cancel()
         if self._until_end:
             await self._wait_children()
-
-    async def _wait_children(self) -> None:
-        # Runs that its steps started in tasks which are not in this group: they have been cancelled.
-        with anyio.CancelScope(shield=True):
-            while self._until_end:
-                await self._on_child_end.wait()
 
     def _is_open(self) -> bool:
         return not self._closed
@@ -313,10 +283,12 @@ class RunDriver(RunCore):
         if self._span is not None and self._vars is not None:
             self._vars.run(self._span.exit, self._outcome)
         self._closed = True
-        for child, _ in self._adopted:
-            child.close_undriven()
         self._on_closed.ring()
-        self._tell_parent()
+        if self._parent is not None:
+            self._parent.remove_child(self)
+        if self._adopted_by is not None:
+            self._adopted_by.adopted_ended(self)
+            self._adopted_by = None
 
     def close_undriven(self) -> None:
         """End a run that nobody will drive."""
@@ -333,9 +305,7 @@ class RunDriver(RunCore):
             return
         worker = self._in_progress(command)
         self._working += 1
-        if self._idle:
-            self._idle = False
-            self._tell_parent()
+        self._end_idleness()
         # A task inherits the context variables of whoever starts it. Steps get the run's, not those of whoever happened
         # to send the event.
         self._vars.run(self._tasks.start_soon, self._work, command, worker)
@@ -395,72 +365,3 @@ class RunDriver(RunCore):
             activity.close()
         policy = self._broker(command.invocation_namespace).workers[command.step_id].config.retry_policy
         return result_tick(command, worker, outputs, policy=policy, run_id=self.run_id, now=self.now())
-
-    # Runs that its steps start, and the slot that they share
-
-    def start_child(self, launch: Launch) -> RunAdapter:
-        """Start a run that a step asks for, inside this run's task group and with the caller's context variables."""
-        options = replace(self.options, event_buffer=DEFAULT_EVENT_BUFFER, internal_events=True)
-        child = launch.make(type(self._as_run()), options, self._home)
-        child._is_adopted = True
-        with kept_tasks():  # the child's asyncio tasks are no part of the step
-            self._adopted.append((child, copy_context()))
-        if in_foreign_library(self._home.backend):
-            assert self._wake is not None
-            self._wake.set()
-        else:
-            self._start_adopted()
-        return child.adapter
-
-    def _start_adopted(self) -> None:
-        if self._adopted and self._tasks is not None and not self._is_leaving:
-            adopted, self._adopted = self._adopted, []
-            for child, variables in adopted:
-                variables.run(self._tasks.start_soon, child.drive)
-
-    @property
-    def is_child(self) -> bool:
-        """Whether a step of another run started it."""
-        return self._parent is not None
-
-    async def wait_as_parent(self, is_blocked: Callable[[], bool], wait: Callable[[], Awaitable[None]]) -> None:
-        """Await `wait()`, a wait for this run; where a step does that for a run of its own, it may be parked meanwhile."""
-        if self._parent is None:
-            await wait()
-        else:
-            await self._parent.wait_for(self._as_run(), is_blocked, wait)
-
-    def step_parked(self) -> None:
-        """A step does nothing but wait for an idle run of its own."""
-        self._parked += 1
-        self._drain_soon()
-
-    def step_resumed(self) -> None:
-        """A parked step goes on, or a step of its own run does."""
-        self._parked -= 1
-        if self._idle:
-            self._idle = False
-            self._tell_parent()
-
-    async def wait_slot(self, step: str) -> None:
-        """Return when the run may work, from whatever library: it has its slot, and so have the runs around it."""
-        if self._hooks is not None or self._parent is not None:
-            await await_in(self._home.backend, self._wait_slot, step)
-
-    async def _wait_slot(self, step: str) -> None:
-        if self._hooks is not None:
-            await self._hooks.before_step(step)
-        if self._parent is not None and self._parent.run is not None:
-            await self._parent.run.wait_slot(self._parent.step)
-
-    @contextmanager
-    def until_end(self, scope: anyio.CancelScope) -> Iterator[None]:
-        """Cancel the scope when the run ends, or at once if it has ended."""
-        if self._is_leaving:
-            scope.cancel()
-        self._until_end.add(scope)
-        try:
-            yield
-        finally:
-            self._until_end.discard(scope)
-            self._on_child_end.ring()

@@ -3,13 +3,15 @@
 A parent whose step does nothing but wait for an idle child is idle itself: its step is *parked*, and the parent's slot goes
 back to the limiter. Before the child starts a step, or the parent's step goes on, the slot is taken again.
 
-A step counts as waiting where its own task awaits the child: in `run.result()`, in its events, in `run_workflow`, or in
-upstream's handler. What other tasks of the step do cannot be known, so a step that awaits children in a task group keeps
-its slot: the cap is never exceeded, and a slot is held a little too long at the worst.
+A step counts as waiting where its own task awaits the child (in `run.result()`, in its events, in `run_workflow`, or in
+upstream's handler) and no other child of it works. A step that awaits children in a task group, or a handler whose run has
+been idle before, keeps its slot: a slot is held a little too long there. What else a step does, in tasks beside the one
+that awaits an idle child, is not seen.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -21,6 +23,7 @@ import anyio
 from ..aio import current_task_identity, in_foreign_library, is_blocked_on
 
 if TYPE_CHECKING:
+    from .core import RunCore
     from .run import Run
 
 T = TypeVar("T")
@@ -44,7 +47,7 @@ class StepActivity:
         threaded: The step is a sync one: whatever it waits for, it does nothing else meanwhile.
     """
 
-    __slots__ = ("_parked", "_run", "_slot_given", "_task", "_threaded", "_waits", "step")
+    __slots__ = ("_children", "_parked", "_run", "_slot_given", "_task", "_threaded", "_waits", "step")
 
     def __init__(self, run: Run, step: str, *, threaded: bool) -> None:
         self.step = step
@@ -52,6 +55,7 @@ class StepActivity:
         self._threaded = threaded
         self._task: Any = None
         self._waits: list[_Wait] = []
+        self._children: set[RunCore] = set()
         self._parked = False
         self._slot_given = False  # since the step was last known to have its slot
 
@@ -69,9 +73,22 @@ class StepActivity:
         self._run = None
         self._task = None
 
+    def add_child(self, child: RunCore) -> None:
+        """A run was made by the step."""
+        self._children.add(child)
+
+    def remove_child(self, child: RunCore) -> None:
+        """A run of the step was closed."""
+        self._children.discard(child)
+        self.look()
+
     def look(self) -> None:
         """Park the step or let it go on, as its children now are."""
-        parked = self._run is not None and any(self._only_waits(wait) for wait in self._waits)
+        parked = (
+            self._run is not None
+            and any(self._only_waits(wait) for wait in self._waits)
+            and all(child.is_idle for child in self._children)
+        )
         if parked != self._parked and self._run is not None:
             self._parked = parked
             if parked:
@@ -110,7 +127,9 @@ class StepActivity:
 def current_activity() -> StepActivity | None:
     """The call of a step that the caller is part of, None outside of steps."""
     activity = _current.get()
-    return activity if activity is not None and activity.run is not None else None
+    run = activity.run if activity is not None else None
+    # A sync step may run an event loop of its own in its thread: runs in there belong to nobody here.
+    return activity if run is not None and run.home.thread == threading.get_ident() else None
 
 
 def set_activity(activity: StepActivity) -> None:

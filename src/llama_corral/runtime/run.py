@@ -39,11 +39,6 @@ class Run(RunDriver):
         return self._outcome is not None
 
     @property
-    def is_idle(self) -> bool:
-        """True while no step is working and only an outside event or a timer can change that."""
-        return self._idle and self._outcome is None
-
-    @property
     def stop_event(self) -> StopEvent | None:
         """The event that ended the run, None while it runs. Raises what the workflow raised."""
         if self._outcome is None or isinstance(self._outcome, StopEvent):

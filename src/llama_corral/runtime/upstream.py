@@ -10,6 +10,7 @@ state itself and its serialization. What runs them (loop, tasks, timers, locks, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 from llama_index_instrumentation import get_dispatcher
@@ -51,6 +52,7 @@ from workflows.events import (
     UnhandledEvent,
     WorkflowIdleEvent,
 )
+from workflows.handler import WorkflowHandler
 from workflows.plugins import basic_runtime
 from workflows.retry_policy import RetryInfo, RetryPolicy
 from workflows.runtime.control_loop.reduce import _decide_retry_delay as decide_retry_delay
@@ -196,6 +198,7 @@ __all__ = (
     "Workflow",
     "WorkflowCancelledByUser",
     "WorkflowCommand",
+    "WorkflowHandler",
     "WorkflowIdleEvent",
     "WorkflowRunOutputEvent",
     "WorkflowRuntimeError",
@@ -234,6 +237,7 @@ __all__ = (
     "validate_step_message",
     "validate_workflow",
     "verbose_adapter",
+    "wait_of_handler",
     "workflow_concurrency",
     "workflow_dispatcher",
     "workflow_resources",
@@ -375,11 +379,11 @@ def verbose_adapter(workflow: Workflow, adapter: InternalRunAdapter) -> Internal
 
 
 def child_workflows(workflow: Workflow) -> list[Workflow]:
-    """Workflows that are attributes of the workflow, run on upstream's default runtime, and have not run yet."""
+    """Workflows that are attributes of the workflow and run on upstream's default runtime."""
     return [
         value
         for value in vars(workflow).values()
-        if isinstance(value, Workflow) and not value._runtime_locked and _innermost(value._runtime) is basic_runtime
+        if isinstance(value, Workflow) and _innermost(value._runtime) is basic_runtime
     ]
 
 
@@ -389,14 +393,20 @@ def _innermost(runtime: Runtime) -> Runtime:
     return runtime
 
 
+def wait_of_handler() -> Callable[..., Any]:
+    """What the task of a WorkflowHandler runs."""
+    return WorkflowHandler._wait_for_result
+
+
 def runtime_of(workflow: Workflow) -> Runtime:
     """The runtime that `workflow.run()` goes through."""
     return workflow._runtime
 
 
 def rebind(workflow: Workflow, runtime: Runtime) -> None:
-    """Let `workflow.run()` go through another runtime. Upstream allows it until the workflow has run."""
-    workflow._switch_runtime(runtime)
+    """Let `workflow.run()` go through a runtime that stands in front of the one that it has. Upstream's own way refuses a
+    workflow that has run, because another runtime would not know of its runs; one in front passes on what it is asked."""
+    workflow._runtime = runtime
 
 
 def set_default_runtime(runtime: Runtime) -> None:
