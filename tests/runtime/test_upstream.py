@@ -204,7 +204,7 @@ def test_subclasses_define_what_is_asked_of_them(module, path, expected):
 # Fields that the runtime reads or sets. There may be others: they have defaults, or ours could not be made.
 FIELDS = {
     "workflows.runtime.types.ticks": {
-        "TickAddEvent": "event step_id origin_namespace recovery_counts scope_path emission stamped_at",
+        "TickAddEvent": "event step_id origin_namespace recovery_counts scope_path emission stamped_at work_item_id",
         "TickStepResult": "step_id worker_id invocation_namespace event result stamped_at invocation_id sends",
         "TickTimeout": "timeout stamped_at",
         "TickWaiterTimeout": "step_id waiter_id invocation_namespace stamped_at",
@@ -235,7 +235,8 @@ FIELDS = {
         "StepWorkerFailed": "exception failed_at retry_decision first_attempt_at",
         "StepWorkerResult": "result fanned_out",
         "StepWorkerState": "step_name collection_release_payload collected_events collected_waiters invocation_id",
-        "StepWorkerWaiter": "waiter_id waiting_for_event requirements has_requirements resolved_event timed_out",
+        "StepWorkerWaiter": "waiter_id waiting_for_event requirements has_requirements resolved_event timed_out "
+        "work_item_id",
         "CollectionReleasePayload": "events",
     },
     "workflows.runtime.types.internal_state": {
@@ -244,7 +245,7 @@ FIELDS = {
         "InternalStepConfig": "accepted_events accept_event_subclasses retry_policy",
         "InternalStepWorkerState": "queue config in_progress collected_events collected_waiters",
         "InProgressState": "event attempts first_attempt_at last_exception last_failed_at recovery_counts "
-        "shared_state invocation_id",
+        "shared_state invocation_id work_item_id",
     },
     "workflows.context.context_types": {"SerializedContext": "state is_running workers deliveries"},
     "workflows.decorators": {
