@@ -35,8 +35,10 @@ def everything(flavour, *, sends=True):
     return Everything(ledger, flavour, sends=sends)
 
 
-@pytest.mark.parametrize(("store", "stride"), [("rig", 1), ("file_rig", 5)])
-async def test_a_task_cancelled_at_every_moment(rig, file_rig, flavour, caplog, store, stride):
+@pytest.mark.parametrize(("store", "stride", "least"), [("rig", 1, 50), ("file_rig", 3, 5)])
+async def test_a_task_cancelled_at_every_moment(rig, file_rig, flavour, caplog, store, stride, least):
+    """`least`: cancellations that must have come in time for the sweep to mean something. With a file, the store's thread
+    decides how many do: half of them or fewer."""
     rig = {"rig": rig, "file_rig": file_rig}[store]
     workflow = everything(flavour)
     service = await rig.serve(workflow, cap=1)
@@ -61,7 +63,7 @@ async def test_a_task_cancelled_at_every_moment(rig, file_rig, flavour, caplog, 
         if not moments.struck:
             break
     assert record.status == "completed"
-    assert statuses["cancelled"] > 50 / stride
+    assert statuses["cancelled"] > least
     await until(lambda: workflow.ledger.began == workflow.ledger.ended)
     assert [each for each in caplog.records if each.levelno >= logging.ERROR] == []
 
