@@ -17,6 +17,7 @@ from .protocol.records import (
     Checkpoint,
     Claim,
     ClaimRequest,
+    DeadLetter,
     DeletedSession,
     EventPage,
     HeartbeatAnswer,
@@ -180,8 +181,23 @@ class Coordinator(ABC):
         """Store what happened in a run. Returns after it is stored."""
 
     @abstractmethod
-    async def release(self, task_id: str, epoch: int, checkpoint: Checkpoint | None) -> ReportAnswer:
-        """Hand a task back (drain): it becomes queued and is ticketed again. A checkpoint of None keeps the stored one."""
+    async def release(
+        self,
+        task_id: str,
+        epoch: int,
+        checkpoint: Checkpoint | None,
+        *,
+        idle: bool = False,
+        wake_at: float | None = None,
+    ) -> ReportAnswer:
+        """Hand a task back (drain): it becomes queued and is ticketed again. A checkpoint of None keeps the stored one.
+
+        Args:
+            idle: The run leaves memory until an event comes: the task stays waiting, without an owner, unless something
+                has come for it that the checkpoint does not have.
+            wake_at: With `idle`: when the run's next timer is due (seconds since the epoch); the task is queued then at
+                the latest. None: it has none.
+        """
 
     @abstractmethod
     async def heartbeat(self, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:
@@ -282,18 +298,29 @@ class Store(ABC):
         transaction. Only the stored epoch may write, and only to an open task. The ending deletes the checkpoint, stores
         the context if its version fits, and makes the session's next held task queued.
 
+        A failed ending whose error is retryable queues the task again instead, if its `retry` policy is set, fewer than
+        `max_attempts` failures have been counted and it could start before its deadline: attempts + 1, `not_before` set
+        by the policy, checkpoint and inbox kept, the error noted.
+
         If a cancel was requested and the report ends the task otherwise than cancelled, the reported ending stands: the
         first terminal transaction wins."""
 
     @abstractmethod
     async def release(
-        self, task_id: str, epoch: int, checkpoint: Checkpoint | None, now: float, *, idle: bool = False
+        self,
+        task_id: str,
+        epoch: int,
+        checkpoint: Checkpoint | None,
+        now: float,
+        *,
+        idle: bool = False,
+        wake_at: float | None = None,
     ) -> ReportAnswer:
         """running or waiting -> queued, owner cleared, checkpoint replaced if one is given. A task whose cancel was
         requested ends as cancelled instead.
 
         `idle`: the run leaves memory until an event comes. It becomes waiting instead, without an owner, unless the inbox
-        holds more than the checkpoint has applied: then it is queued."""
+        holds more than the checkpoint has applied: then it is queued. `wake` queues it when `wake_at` has come."""
 
     @abstractmethod
     async def request_cancel(self, task_id: str, now: float) -> SendAnswer:
@@ -328,6 +355,50 @@ class Store(ABC):
     async def due_tickets(self, *, limit: int = 1000, now: float | None = None) -> list[Ticket]:
         """Queued tasks, oldest first: what start-up and the backstop publish (again). With `now`, those whose
         `not_before` lies ahead are left out; a claim of them finds nothing until then."""
+
+    # Replay, timers, upkeep
+
+    async def retry(self, task_id: str, now: float, *, fresh: bool = False) -> Accepted:
+        """A new task that does again what an ended task did not complete: same service, session, input and policies, and
+        `retry_of`. Its id follows from the old one, so the same call twice is one task. It goes on from the checkpoint
+        that was left, if there is one (endings with a retryable error leave it), unless `fresh`. A deadline is not taken
+        over.
+
+        Raises:
+            NotFound, Conflict: no such task; it is open, or completed (field `status`); its session is gone, or busy with
+                the policy `reject`.
+        """
+        raise NotImplementedError
+
+    async def wake(self, now: float) -> list[Ticket]:
+        """Queue the waiting tasks without an owner whose `wake_at` has come."""
+        raise NotImplementedError
+
+    async def next_due(self, now: float) -> float | None:
+        """The next moment at which `expire`, `wake` or a claim of a task with a `not_before` after `now` can do something
+        that they can not do now; None if there is none."""
+        raise NotImplementedError
+
+    async def reclaim(self, instance_id: str, strays: Sequence[HeldTask], now: float) -> list[Ticket]:
+        """As `reap`, for single tasks that a live instance owns in these epochs and does not hold."""
+        raise NotImplementedError
+
+    async def purge(self, before: float, *, limit: int = 500) -> int:
+        """Remove up to `limit` tasks that ended before that time, with all that belongs to them, and dead letters of that
+        age. Answers how many rows of both went; fewer than `limit`: nothing is left to remove."""
+        raise NotImplementedError
+
+    async def count_queued(self, service_name: str) -> int:
+        """Tasks of a service that wait to be claimed: queued and held."""
+        raise NotImplementedError
+
+    async def put_dead_letter(self, letter: DeadLetter) -> None:
+        """Keep a message that nobody can use; `letter.no` is given by the store. Of very many, the oldest go."""
+        raise NotImplementedError
+
+    async def list_dead_letters(self, *, before: int | None = None, limit: int = 100) -> list[DeadLetter]:
+        """Newest first, from the one before number `before` on."""
+        raise NotImplementedError
 
     # Reading
 

@@ -40,7 +40,9 @@ def unawaited(coroutine):
 
 
 def asyncio_has(coroutine):
-    return any(task.get_coro() is coroutine for task in asyncio.tasks._all_tasks)
+    tasks = asyncio.tasks
+    scheduled = tasks._scheduled_tasks if hasattr(tasks, "_scheduled_tasks") else tasks._all_tasks  # since and before 3.12
+    return any(task.get_coro() is coroutine for task in scheduled)
 
 
 async def bare_yield():

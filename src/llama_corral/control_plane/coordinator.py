@@ -77,9 +77,17 @@ class StoreCoordinator(Coordinator):
                 self._effects.changed(report.task_id)
         return answer
 
-    async def release(self, task_id: str, epoch: int, checkpoint: Checkpoint | None) -> ReportAnswer:
+    async def release(
+        self,
+        task_id: str,
+        epoch: int,
+        checkpoint: Checkpoint | None,
+        *,
+        idle: bool = False,
+        wake_at: float | None = None,
+    ) -> ReportAnswer:
         with anyio.CancelScope(shield=True):
-            answer = await self._store.release(task_id, epoch, checkpoint, self._now())
+            answer = await self._store.release(task_id, epoch, checkpoint, self._now(), idle=idle, wake_at=wake_at)
             self._effects.tickets(answer.tickets)
             # Nobody works on it now: a request that waits for it may want to know.
             self._effects.changed(task_id)

@@ -7,10 +7,14 @@ through unchanged. Times are seconds since the epoch (wall clock); durations are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from .lifecycle import TaskStatus
 from .messages import ErrorRecord
+
+PROTOCOL_VERSIONS: Final = (1,)
+"""Versions of the protocol between instances and control planes that this release speaks. A new field with a default is no
+new version: both sides ignore what they do not know."""
 
 SessionPolicy = Literal["enqueue", "reject", "concurrent"]
 """What a second task of one session on one service does: wait its turn, be refused, or run beside the first."""
@@ -53,11 +57,36 @@ class StoredContext:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A snapshot from which a run can go on. `inbox_applied` is the highest inbox seq that is part of it."""
+    """A snapshot from which a run can go on. `inbox_applied` is the highest inbox seq that is part of it.
+
+    `event_count`: how many events the log had at the snapshot; those behind them may be published again by a run that goes
+    on from it. The store counts it, whatever is given. `progress`: a step has completed since the run was claimed, so the
+    failures before it do not count any more.
+    """
 
     snapshot: str
     inbox_applied: int
     fingerprint: str | None = None
+    event_count: int = 0
+    progress: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """What a task asks for when its workflow raises. How often is `NewTask.max_attempts`, which counts lost workers too.
+
+    `errors` are names of exception classes, bare or with their module, bases included; None: any error. The wait before
+    attempt n is `backoff * factor ** (n - 2)` seconds, `max_backoff` at most.
+    """
+
+    errors: tuple[str, ...] | None = None
+    backoff: float = 1.0
+    factor: float = 2.0
+    max_backoff: float = 60.0
+
+    def delay(self, failures: int) -> float:
+        """Seconds to wait after this many failures in a row (from 1)."""
+        return min(self.max_backoff, self.backoff * self.factor ** min(failures - 1, 1000))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +116,10 @@ class Terminal:
 
 @dataclass(frozen=True, slots=True)
 class NewTask:
-    """A task to accept. `session_id` None makes an implicit session of the task's own, which ends with it.
+    """A task to accept. `not_before`: no claim before that time. `retry`: None where a raising workflow ends its task.
+    `retry_of`: the task that this one repeats.
+
+    `session_id` None makes an implicit session of the task's own, which ends with it.
 
     `digest` identifies the content of the request: a second accept of the same `task_id` with the same digest answers
     the first one's acceptance, with another digest it is a conflict.
@@ -102,6 +134,8 @@ class NewTask:
     not_before: float | None = None
     max_attempts: int = 3
     digest: str | None = None
+    retry: RetryPolicy | None = None
+    retry_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +160,8 @@ class ClaimRequest:
 class Claim:
     """What an instance gets to work on. `epoch` fences everything it will write about the task.
 
-    `next_index` is the index that the task's next event will get. `attempt` counts from 1.
+    `next_index` is the index that the task's next event will get. `attempt` counts from 1. `state_error`: the stored
+    context or checkpoint was changed, or belongs elsewhere, and was left out for that: the task is to fail with it.
     """
 
     task_id: str
@@ -143,6 +178,8 @@ class Claim:
     inbox: tuple[InboxEvent, ...] = ()
     next_index: int = 0
     cancel_requested: bool = False
+    retry: RetryPolicy | None = None
+    state_error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +198,8 @@ class Report:
     """What happened in a run since its last report. One report of a task is in flight at a time.
 
     `seq` counts from 1 within an epoch; a repeated seq is answered `ok` and changes nothing. `waiting` is the run's state
-    after these events, None where it did not change. `terminal` ends the task.
+    after these events, None where it did not change. `checkpoint` is the run as it was after exactly these events.
+    `terminal` ends the task, unless it failed with a retryable error and may be tried again.
     """
 
     task_id: str
@@ -183,11 +221,14 @@ class ReportAnswer:
     """`fenced`: another epoch owns the task, or it ended; `deleted`: it is gone. Either way: stop.
 
     `next_index`: the index that the next event of the task will get. `tickets`: tasks that became queued by this report.
+    `retry_at`: the task did not end by this report but is queued again, not to be claimed before that time; no ticket of it
+    is among `tickets`.
     """
 
     status: ReportStatus
     next_index: int = 0
     tickets: tuple[Ticket, ...] = ()
+    retry_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,22 +242,24 @@ class InboxPage:
 
 
 @dataclass(frozen=True, slots=True)
-class HeartbeatAnswer:
-    """`fenced`: held tasks that are not the instance's any more. `news`: held tasks with a cancel request or a newer
-    inbox head than the heartbeat named. `known`: False if the instance must register again."""
-
-    known: bool = True
-    fenced: tuple[str, ...] = ()
-    news: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class HeldTask:
     """A task in the hands of an instance: its epoch and the highest inbox seq that the instance has read."""
 
     task_id: str
     epoch: int
     inbox_read: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatAnswer:
+    """`fenced`: held tasks that are not the instance's any more. `news`: held tasks with a cancel request or a newer
+    inbox head than the heartbeat named. `known`: False if the instance must register again. `strays`: tasks that the
+    instance owns in the store and did not name; the coordinator acts on them, instances do not."""
+
+    known: bool = True
+    fenced: tuple[str, ...] = ()
+    news: tuple[str, ...] = ()
+    strays: tuple[HeldTask, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +281,7 @@ class SendAnswer:
 
 @dataclass(frozen=True, slots=True)
 class TaskRecord:
-    """A task as it is stored."""
+    """A task as it is stored. `error` of an open task is that of its last failed attempt."""
 
     task_id: str
     session_id: str
@@ -260,6 +303,9 @@ class TaskRecord:
     event_count: int = 0
     context_saved: bool | None = None
     context_error: str | None = None
+    max_attempts: int = 3
+    not_before: float | None = None
+    retry_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,13 +353,25 @@ class ServiceRecord:
 
 @dataclass(frozen=True, slots=True)
 class InstanceRecord:
-    """A running instance of a service."""
+    """A running instance of a service. `embedded`: it lives in the process of its control plane and ends with it."""
 
     instance_id: str
     service_name: str
     capacity: int
     started_at: float
     heartbeat: int = 0
+    embedded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that nobody can use: where it was found, why, and the message as JSON text. `no` grows with each."""
+
+    topic: str
+    reason: str
+    message: str
+    at: float
+    no: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,11 +387,13 @@ class TaskFilter:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """The answer to a service that registers."""
+    """The answer to a service that registers. `protocol_version` is the one to speak from now on: the newest that both
+    know. `lease`: seconds without a heartbeat after which the instance's tasks are given to others; 0 if there is none."""
 
     topic_namespace: str
     heartbeat_interval: float
     protocol_version: int = 1
+    lease: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,3 +408,4 @@ class ServiceInfo:
     capacity: int
     events: str | None = None
     start_schema: str | None = None
+    protocol_versions: tuple[int, ...] = PROTOCOL_VERSIONS

@@ -17,6 +17,11 @@ class RunHooks:
         """A published event, in order. May be called from asyncio-flavoured code: it must neither wait nor create
         primitives of either library (setting an event or appending to a deque is fine)."""
 
+    def on_step_done(self) -> None:
+        """A step call has returned and what follows from it has been decided; the run goes on. The run may be snapshotted
+        here: what was published so far has been told, and what starts next has not started. Called from the run's own
+        tasks, and from asyncio-flavoured code; it must neither wait nor create primitives of either library."""
+
     def on_idle(self) -> None:
         """No step is working: only an outside event or a timer can change that. Called once each time it happens."""
 

@@ -202,7 +202,15 @@ class QueueCoordinator(Coordinator):
         task.published = 0
         return ReportAnswer("ok", next_index=task.next_index)
 
-    async def release(self, task_id: str, epoch: int, checkpoint: Checkpoint | None) -> ReportAnswer:
+    async def release(
+        self,
+        task_id: str,
+        epoch: int,
+        checkpoint: Checkpoint | None,
+        *,
+        idle: bool = False,
+        wake_at: float | None = None,
+    ) -> ReportAnswer:
         """The task goes back to the queue and starts again: there is no store to keep the checkpoint."""
         task = self._tasks.get(task_id)
         if task is None or task.epoch != epoch:

@@ -216,7 +216,14 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
         return await self._write(task_units.report, report)
 
     async def release(
-        self, task_id: str, epoch: int, checkpoint: Checkpoint | None, now: float, *, idle: bool = False
+        self,
+        task_id: str,
+        epoch: int,
+        checkpoint: Checkpoint | None,
+        now: float,
+        *,
+        idle: bool = False,
+        wake_at: float | None = None,
     ) -> ReportAnswer:
         return await self._write(task_units.release, task_id, epoch, checkpoint, now, idle)
 
