@@ -41,7 +41,9 @@ def unawaited(coroutine):
 
 def asyncio_has(coroutine):
     tasks = asyncio.tasks
-    scheduled = tasks._scheduled_tasks if hasattr(tasks, "_scheduled_tasks") else tasks._all_tasks  # since and before 3.12
+    scheduled = (
+        tasks._scheduled_tasks if hasattr(tasks, "_scheduled_tasks") else tasks._all_tasks
+    )  # since and before 3.12
     return any(task.get_coro() is coroutine for task in scheduled)
 
 
