@@ -11,7 +11,7 @@ from ...web import Routes
 from ..config import ControlPlaneConfig
 from ..plane import ControlPlane
 from ..sessions import no_such_service
-from .models import ServiceQuery, StatusAnswer
+from .models import DeadLetterPage, DeadLettersQuery, ServiceQuery, StatusAnswer, dead_letter_item
 
 _SECRET = re.compile(r"pass|secret|token|credential|(^|_)key|auth", re.IGNORECASE)
 _USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")
@@ -39,6 +39,7 @@ class ServiceRoutes:
         own.add("POST", "/process_message", self.process_message)
         own.add("GET", "/status", self.status)
         queue.add("GET", "/queue_config", self.get_message_queue_config)
+        queue.add("GET", "/dead_letters", self.list_dead_letters)
         services.add("POST", "/services/register", self.register_service, returns=ControlPlaneConfig)
         services.add("POST", "/services/deregister", self.deregister_service)
         services.add("GET", "/services/{service_name}", self.get_service, returns=ServiceDefinition)
@@ -73,6 +74,15 @@ class ServiceRoutes:
         """Which message queue this control plane uses. Credentials are never part of it."""
         found: dict[str, dict[str, Any]] = self.queue_config
         return found
+
+    async def list_dead_letters(self, query: DeadLettersQuery) -> DeadLetterPage:
+        """Messages that nobody could read or handle, newest first."""
+        letters = await self.plane.list_dead_letters(before=query.before, limit=query.limit + 1)
+        page = letters[: query.limit]
+        return DeadLetterPage(
+            dead_letters=[dead_letter_item(letter) for letter in page],
+            next=page[-1].no if len(letters) > query.limit else None,
+        )
 
     async def register_service(self, body: ServiceDefinition) -> dict[str, Any]:
         """Register a service, or register it again."""
