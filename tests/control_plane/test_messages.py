@@ -169,8 +169,10 @@ async def test_the_plane_listens_to_its_own_topic_and_buries_what_it_cannot_use(
     assert record is not None
     assert TaskResult.model_validate(completed(task_id).data).result == record.result_text
     assert await indices(corral, task_id) == [0]
-    assert (await corral.message("dead_letter")).id_ == "useless"
-    assert corral.queue.statistics()["topics"]["test.dead_letter"] == 1
     assert "refused" in caplog.text
     await anyio.wait_all_tasks_blocked()
     assert corral.queue.statistics()["open"]["test.control_plane"] == 0
+    second, first = await corral.plane.list_dead_letters()
+    assert json.loads(first.message)["id_"] == "useless"
+    assert (first.topic, first.reason) == (own, "The control plane takes no messages with action wake_up.")
+    assert "nothing" in second.reason

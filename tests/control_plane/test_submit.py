@@ -139,6 +139,7 @@ async def test_a_draining_plane_takes_nothing_new(corral: Corral) -> None:
 async def test_a_cancelled_submit_loses_neither_the_slot_nor_the_task(tmp_path: Path, slots: int) -> None:
     async with open_corral(f"sqlite:///{tmp_path}/corral.db") as corral:
         service = await corral.service(slots=slots)
+        await corral.plane.submit("svc", {}, delay=1000)  # the first one counts what waits
         for patience in range(12):
             service.free = slots
             service.claims.clear()

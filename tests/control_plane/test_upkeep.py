@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from llama_corral.control_plane.alarm import Alarm
 from llama_corral.exceptions import Conflict
 from llama_corral.protocol.lifecycle import TaskStatus
 from llama_corral.protocol.messages import ServiceDefinition
-from llama_corral.protocol.records import HeldTask, InstanceRecord, Ticket
+from llama_corral.protocol.records import HeldTask, InstanceRecord
+from llama_corral.queues.memory import MemoryMessageQueue
 
 from .corral import Corral, open_corral
 
@@ -147,24 +149,52 @@ async def test_the_backstop_brings_a_ticket_that_was_lost() -> None:
         assert claim.task_id == accepted.task_id
 
 
+async def count_looks(corral: Corral, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Return when the backstop has looked so often."""
+    looks = 0
+    enough = anyio.Event()
+    look = corral.store.next_due  # the last thing that it asks
+
+    async def count(now: float) -> float | None:
+        nonlocal looks
+        looks += 1
+        if looks == number:
+            enough.set()
+        return await look(now)
+
+    monkeypatch.setattr(corral.store, "next_due", count)
+    await enough.wait()
+
+
 async def test_the_backstop_does_not_repeat_what_still_waits_in_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_corral(backstop_interval=0.01) as corral:
-        looks: list[int] = []
-        often = anyio.Event()
-        look = corral.store.due_tickets
-
-        async def count(**options: Any) -> list[Ticket]:
-            found = await look(**options)
-            looks.append(len(found))
-            if looks.count(1) == 3:
-                often.set()
-            return found
-
-        monkeypatch.setattr(corral.store, "due_tickets", count)
         await corral.service()
         await corral.plane.submit("svc", {})
-        await often.wait()
+        await count_looks(corral, monkeypatch, 3)
         assert corral.queue.statistics()["topics"]["test.svc"] == 1
+
+
+class UncountedQueue(MemoryMessageQueue):
+    """Does not know how many messages wait, as most brokers."""
+
+    def statistics(self) -> Mapping[str, Any]:
+        return {**super().statistics(), "topics": {}}
+
+
+@pytest.mark.promise("P12")
+async def test_the_backstop_does_not_fill_a_queue_that_cannot_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_corral(backstop_interval=0.01, queue=UncountedQueue()) as corral:
+        service = await corral.service(slots=2)  # its capacity
+        for _ in range(2):
+            await corral.plane.submit("svc", {})
+        lost = await corral.plane.submit("svc", {})
+        assert (await corral.message("svc")).data["task_id"] == lost.task_id
+        before = corral.queue.statistics()["published"]
+        await count_looks(corral, monkeypatch, 3)
+        assert corral.queue.statistics()["published"] == before
+        # A slot is free, and nobody takes the task: its ticket is lost.
+        await service.complete(await service.wait_claim())
+        assert (await corral.message("svc")).data["task_id"] == lost.task_id
 
 
 @pytest.mark.promise("P10")

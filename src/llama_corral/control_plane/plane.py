@@ -94,7 +94,7 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
     ) -> None:
         config = config if config is not None else ControlPlaneConfig()
         registry = Registry()
-        super().__init__(store, registry, Effects(store, queue, registry, config, alone=alone), config, now)
+        super().__init__(store, registry, Effects(store, queue, registry, config, now, alone=alone), config, now)
         self.draining = False
         self._patient_until = math.inf
         self._support: SupportGroup | None = None

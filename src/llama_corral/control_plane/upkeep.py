@@ -182,7 +182,7 @@ class Upkeep:
             return
         with anyio.CancelScope(shield=True):
             tickets = await self._store.reap(dead, self._now())
-            self._effects.lost(tickets, self._now())
+            self._effects.lost(tickets)
         logger.warning(
             "lost %d instances (%s); %d tasks are queued again", len(dead), ", ".join(dead[:5]), len(tickets)
         )
