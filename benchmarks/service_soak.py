@@ -2,9 +2,9 @@
 
     python -m benchmarks.service_soak [--tasks 100000] [--retention 20] [--flavour anyio] [--json FILE]
 
-Load comes in windows: two of `POST /services/hello/run`, then one of tasks in sessions, whose contexts are stored. After each
-window it notes resident memory, the size of the store's files and how many tasks are kept. Retention is short, so that most
-of what ends is removed while the rest still runs.
+Load comes in windows: two of `POST /services/hello/run`, then one of tasks in sessions, whose contexts are stored. After
+each window it notes resident memory, the size of the store's files and how many tasks are kept. Retention is short, so that
+most of what ends is removed while the rest still runs.
 
 Afterwards every answer must have been right, no task may be without an ending, nothing may be left of a removed task, and in
 the second half neither memory nor the store may have grown by more than a tenth over the first; else the exit code is 1.
