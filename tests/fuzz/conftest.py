@@ -19,7 +19,6 @@ import pytest
 import trio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from llama_corral.control_plane import ControlPlaneConfig
 from llama_corral.deploy import Deployment, DeployOptions, deploy_all
 from llama_corral.protocol import topics
 from llama_corral.queues.memory import MemoryMessageQueue
@@ -59,18 +58,17 @@ class Served:
 
 
 @contextmanager
-def _in_a_thread(opened: Callable[[], Any]) -> Iterator[Served]:
+def in_a_thread(opened: Callable[[], Any]) -> Iterator[Served]:
     with start_blocking_portal("trio") as portal, portal.wrap_async_context_manager(opened()) as (url, inner):
         yield Served(url, portal, inner)
 
 
 @asynccontextmanager
-async def open_plane(**config: Any) -> AsyncIterator[tuple[str, Deployment]]:
-    """All of `corral serve` but its signals."""
+async def open_plane(**server: Any) -> AsyncIterator[tuple[str, Deployment]]:
+    """All of `corral serve` but its signals. Arguments are those of `ServerSettings`."""
     options = DeployOptions(
         store_url="sqlite://",
-        settings=ServerSettings(port=0, graceful_timeout=2, body_limit=BODY_LIMIT),
-        control_plane=ControlPlaneConfig(**config),
+        settings=ServerSettings(port=0, graceful_timeout=2, body_limit=BODY_LIMIT, **server),
         drain_timeout=1,
     )
     flows = {"echo": EchoFlow(), "ask": AskFlow(timeout=1)}
@@ -104,11 +102,11 @@ async def open_service() -> AsyncIterator[tuple[str, WorkflowService]]:
 
 @pytest.fixture(scope="module")
 def plane() -> Iterator[Served]:
-    with _in_a_thread(open_plane) as served:
+    with in_a_thread(open_plane) as served:
         yield served
 
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Served]:
-    with _in_a_thread(open_service) as served:
+    with in_a_thread(open_service) as served:
         yield served

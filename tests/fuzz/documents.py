@@ -16,12 +16,16 @@ NUMBERS = st.one_of(
 )
 TEXTS = st.one_of(
     st.text(max_size=20),
-    st.sampled_from(["", " ", "\0", "a\0b", "..", "/", "%00", "\u2028\x85", "\u202e", "é" * 300, "x" * 70_000, "{}", "null"]),
+    st.sampled_from(
+        ["", " ", "\0", "a\0b", "..", "/", "%00", "\u2028\x85", "\u202e", "é" * 300, "x" * 70_000, "{}", "null"]
+    ),
 )
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
 VALUES: st.SearchStrategy[Any] = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS.filter(lambda t: len(t) < 1000), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(TEXTS.filter(lambda t: len(t) < 1000), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 

@@ -12,7 +12,7 @@ from workflows.events import Event, HumanResponseEvent, InputRequiredEvent, Star
 
 class Place(BaseModel):
     name: str
-    parts: list["Place"] = []
+    parts: list[Place] = []
 
 
 class Typed(StartEvent):
@@ -24,7 +24,7 @@ class Typed(StartEvent):
     when: datetime | None = None
     kind: Literal["a", "b"] = "a"
     place: Place | None = None
-    tags: dict[str, list[int]] = {}
+    tags: dict[str, list[int]] = Field(default={})
     raw: bytes = b""
 
 

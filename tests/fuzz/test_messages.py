@@ -126,11 +126,17 @@ def _report(tasks: list[str], service: str, session: str | None) -> st.SearchStr
     index = st.one_of(st.integers(-2, 4), st.sampled_from([2**31, 2**53, 2**63 - 1, 2**63, 10**30, -(10**30)]))
     payload = st.dictionaries(TEXTS.filter(lambda t: len(t) < 100), VALUES, max_size=2)
     inputs = st.sampled_from(['{"count": 2}', "{}", '{"name": "fail"}', '{"count": 1000}'])
-    new = st.builds(lambda t, i: envelope("new_task", task_id=t, agent_id=service, input=i, session_id=session), task, inputs)
+    new = st.builds(
+        lambda t, i: envelope("new_task", task_id=t, agent_id=service, input=i, session_id=session), task, inputs
+    )
     stream = st.builds(lambda t, i, d: envelope("task_stream", task_id=t, index=i, data=d), task, index, payload)
     status = st.sampled_from([*TERMINAL, "running", "nonsense"])
     done = st.builds(
-        lambda t, r, s, v: envelope("completed_task", task_id=t, result=r, status=s, value=v), task, TEXTS, status, VALUES
+        lambda t, r, s, v: envelope("completed_task", task_id=t, result=r, status=s, value=v),
+        task,
+        TEXTS,
+        status,
+        VALUES,
     )
     return st.one_of(new, new, stream, stream, stream, done)
 
