@@ -41,7 +41,7 @@ class TaskRoutes:
         sessions.add("POST", f"{BY_SESSION}/send_event", self.send_event, errors=(409,))
         sessions.add("POST", f"{BY_SESSION}/cancel", self.cancel_session_task, status=202, errors=(409,))
         sessions.add("POST", f"{BY_SESSION}/retry", self.retry_session_task, status=202, errors=(409,))
-        tasks.add("GET", "/tasks", self.list_tasks)
+        tasks.add("GET", "/tasks", self.list_tasks, errors=(404,))
         tasks.add("GET", BY_ID, self.get_task)
         tasks.add("GET", f"{BY_ID}/result", self.get_result, hot=True)
         tasks.add("GET", f"{BY_ID}/events", self.get_task_events, **sse)
