@@ -127,9 +127,7 @@ def nothing_is_stuck(world: World) -> None:
 def nothing_is_orphaned(store: SqlStore, promised: Promised) -> None:
     """What belongs to a task goes with it; what only an open task needs goes with its ending."""
     for child in CHILDREN:
-        orphans = rows(
-            store, f"SELECT count(*) FROM corral_{child} WHERE task_no NOT IN (SELECT no FROM corral_tasks)"
-        )
+        orphans = rows(store, f"SELECT count(*) FROM corral_{child} WHERE task_no NOT IN (SELECT no FROM corral_tasks)")
         assert orphans == [(0,)], child
     kept = {task_id for (task_id,) in rows(
         store, "SELECT t.task_id FROM corral_checkpoints c JOIN corral_tasks t ON t.no = c.task_no"

@@ -119,6 +119,13 @@ class Protocol(RuleBasedStateMachine):
             task = NewTask(**{**_fields(life.task), "digest": "other" if changed else life.task.digest})
             self.call(self.world.accept, task, None)
 
+    @rule(pick=picks, by=st.none() | picks)
+    def accept_a_deleted_id(self, pick: int, by: int | None) -> None:
+        task = pick_from(self.world.gone, pick)
+        if task is not None:
+            instance = None if by is None else pick_from(self.world.alive(), by)
+            self.call(self.world.accept, task, instance)
+
     @rule(pick=picks)
     def repeat_an_unheard_accept(self, pick: int) -> None:
         if self.world.unheard_accepts:
