@@ -11,7 +11,7 @@ from llama_corral.protocol.records import TaskFilter, TaskRecord
 from llama_corral.stores import SqlStore
 
 from .promised import PAST_HELD, Promised
-from .world import COMPLETE, World
+from .world import World
 
 CHILDREN = ("task_events", "task_inbox", "checkpoints")
 
@@ -56,7 +56,8 @@ def one_owner(promised: Promised, records: dict[str, TaskRecord]) -> None:
         assert not life.is_open or record.attempts < record.max_attempts
         if life.is_open:
             assert (record.owner, record.cancel_requested) == (life.owner, life.cancel)
-            assert not COMPLETE or record.not_before == life.not_before
+            assert record.not_before == life.not_before
+        assert record.retry_of == life.task.retry_of
 
 
 def gap_free(store: SqlStore, promised: Promised) -> None:
@@ -105,11 +106,10 @@ async def due_is_a_column(world: World) -> None:
     assert due == [life.task.task_id for life in lives if life.is_due(world.now)]
     ever = [ticket.task_id for ticket in await world.store.due_tickets()]
     assert ever == [life.task.task_id for life in lives if life.place == "queued"]
-    if COMPLETE:
-        expected = world.promised.next_due(world.now)
-        found = await world.store.next_due(world.now)
-        assert (found is None) == (expected is None)
-        assert found is None or world.now < found <= (expected or 0), "a timer would be late"
+    expected = world.promised.next_due(world.now)
+    found = await world.store.next_due(world.now)
+    assert (found is None) == (expected is None)
+    assert found is None or world.now < found <= (expected or 0), "a timer would be late"
 
 
 def nothing_is_stuck(world: World) -> None:

@@ -7,15 +7,11 @@ must be stored then.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Final, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from llama_corral.abc import Store
 from llama_corral.protocol.lifecycle import TaskStatus
 from llama_corral.protocol.records import Checkpoint, ClaimRequest, NewTask, Report, TaskRecord
-from llama_corral.stores import SqlStore
-
-KEEPS: Final = SqlStore.purge is not Store.purge
 
 Place = Literal["held", "queued", "owned", "idle", "ended"]
 """Where a task is: behind another of its line, ready to be claimed, in an instance's hands, out of memory until something
@@ -51,6 +47,10 @@ class Life:
     context_saved: bool | None = None
     kept: bool = False
     """An ended task that a person may retry keeps checkpoint and inbox."""
+
+    @property
+    def finished_at(self) -> float | None:
+        return None if self.record is None else self.record.finished_at
 
     @property
     def is_open(self) -> bool:
@@ -122,7 +122,9 @@ class Promised:
         if life is None:
             return "deleted"
         if life.epoch == report.epoch and report.seq <= life.seq:
-            return "again"
+            # It let the task be tried again, and before anybody did so it ended otherwise.
+            in_vain = report.terminal is not None and life.place == "ended" and life.owner is None
+            return "fenced" if in_vain else "again"
         if life.epoch != report.epoch or life.place != "owned":
             return "fenced"
         life.seq = report.seq
@@ -138,10 +140,10 @@ class Promised:
     def _end_by(self, life: Life, report: Report) -> None:
         terminal, context = report.terminal, report.context
         assert terminal is not None
-        if terminal.error is not None and terminal.error.retryable:
-            life.failures += life.task.retry is not None
+        if terminal.status is TaskStatus.FAILED and terminal.error is not None and terminal.error.retryable:
             again = self._retry_at(life, report.now)
             if again is not None:
+                life.failures += 1
                 self._leave(life, "queued")
                 life.not_before = again
                 return
@@ -156,14 +158,14 @@ class Promised:
 
     @staticmethod
     def _retry_at(life: Life, now: float) -> float | None:
-        if life.task.retry is None or life.failures >= life.task.max_attempts:
+        if life.task.retry is None or life.cancel or life.failures + 1 >= life.task.max_attempts:
             return None
-        again = now + life.task.retry.delay(life.failures)
+        again = now + life.task.retry.delay(life.failures + 1)
         in_time = life.task.deadline is None or again < life.task.deadline
         return again if in_time else None
 
     def release(
-        self, task_id: str, epoch: int, checkpoint: Checkpoint | None, idle: bool, wake_at: float | None
+        self, task_id: str, epoch: int, checkpoint: Checkpoint | None, now: float, idle: bool, wake_at: float | None
     ) -> Literal["new", "again", "fenced", "deleted"]:
         life = self.lives.get(task_id)
         if life is None:
@@ -173,11 +175,13 @@ class Promised:
         if life.place != "owned":
             return "again"
         if life.cancel:
+            self._leave(life, "queued")
             self._end(life, TaskStatus.CANCELLED)
             return "new"
         if checkpoint is not None:
             self._snapshot(life, checkpoint)
-        if idle and checkpoint is not None and checkpoint.inbox_applied >= len(life.inbox):
+        nothing_came = checkpoint is not None and checkpoint.inbox_applied >= len(life.inbox)
+        if idle and nothing_came and (wake_at is None or wake_at > now):
             self._leave(life, "idle")
             life.wake_at = wake_at
         else:
@@ -227,12 +231,37 @@ class Promised:
         """Their owner is dead, or does not hold them."""
         for life in lives:
             life.failures += 1
+            self._leave(life, "queued")
             if life.cancel:
                 self._end(life, TaskStatus.CANCELLED)
             elif life.failures >= life.task.max_attempts:
-                self._end(life, TaskStatus.FAILED, kept=KEEPS)
-            else:
-                self._leave(life, "queued")
+                self._end(life, TaskStatus.FAILED, kept=True)
+
+    def retry(
+        self, task_id: str, new_id: str, now: float, fresh: bool
+    ) -> Literal["created", "known", "unknown", "refused"]:
+        old = self.lives.get(task_id)
+        if old is None:
+            return "unknown"
+        if old.is_open or old.status is TaskStatus.COMPLETED:
+            return "refused"
+        digest = f"retry of {task_id}"
+        task = replace(
+            old.task, task_id=new_id, created_at=now, deadline=None, not_before=None, digest=digest, retry_of=task_id
+        )
+        accepted = self.accept(task, None)
+        if accepted in ("created", "known"):
+            new = self.lives[new_id]
+            if accepted == "created" and not fresh:
+                new.inbox = list(old.inbox)
+                new.checkpoint = None if old.checkpoint is None else replace(old.checkpoint, event_count=0)
+            return "created" if accepted == "created" else "known"
+        return "refused"
+
+    def ended_before(self, before: float) -> list[Life]:
+        """What `purge` may remove, oldest first."""
+        ended = [life for life in self.lives.values() if life.finished_at is not None and life.finished_at < before]
+        return sorted(ended, key=lambda life: life.finished_at or 0)
 
     def delete_session(self, session_id: str) -> set[tuple[str, str]] | None:
         if self.policies.pop(session_id, None) is None:
@@ -258,7 +287,7 @@ class Promised:
 
     @staticmethod
     def _snapshot(life: Life, checkpoint: Checkpoint) -> None:
-        life.checkpoint = checkpoint
+        life.checkpoint = replace(checkpoint, event_count=len(life.log))
         if checkpoint.progress:
             life.failures = 0
 

@@ -7,7 +7,7 @@ from typing import Final
 from llama_corral.protocol.lifecycle import TaskStatus
 
 from .holding import check_everything, rows
-from .world import COMPLETE, Instance, World
+from .world import Run, World
 
 ROUNDS: Final = 60
 
@@ -33,8 +33,6 @@ async def one_round(world: World) -> None:
     await world.reap([each.instance_id for each in world.instances if not each.alive])
     for instance in world.alive():
         await world.heartbeat(instance)
-        if not COMPLETE:
-            await lose_strays(world, instance)
     for run in world.working():
         await finish(world, run)
     await pass_time(world)
@@ -45,10 +43,7 @@ async def one_round(world: World) -> None:
             await world.send(life.task.task_id)
 
 
-async def finish(world: World, run: object) -> None:
-    from .world import Run
-
-    assert isinstance(run, Run)
+async def finish(world: World, run: Run) -> None:
     if run.pending is not None:
         await world.repeat(run)
     if not run.is_over:
@@ -59,19 +54,10 @@ async def finish(world: World, run: object) -> None:
 
 async def pass_time(world: World) -> None:
     """Sleep until the next timer, as a control plane does."""
-    due = await world.store.next_due(world.now) if COMPLETE else world.promised.next_due(world.now)
+    due = await world.store.next_due(world.now)
     world.now = world.now + 1 if due is None else due
-    if COMPLETE:
-        await world.wake()
+    await world.wake()
     await world.expire()
-
-
-async def lose_strays(world: World, instance: Instance) -> None:
-    held = {(run.task_id, run.claim.epoch) for run in world.working()}
-    owned = world.promised.owned_by(instance.instance_id)
-    if any((life.task.task_id, life.epoch) not in held for life in owned):
-        await world.reap([instance.instance_id])
-        await world.register(instance)
 
 
 async def clear(world: World) -> None:
@@ -79,10 +65,9 @@ async def clear(world: World) -> None:
     for session_id in tuple(world.promised.policies):
         await world.delete_session(session_id)
     await check_everything(world)
-    if COMPLETE:
-        while await world.store.purge(world.now + 1e9, limit=3) == 3:
-            pass
-        world.promised.lives.clear()
-        await check_everything(world)
-        for table in ("tasks", "task_events", "task_inbox", "checkpoints", "contexts", "sessions"):
-            assert rows(world.store, f"SELECT count(*) FROM corral_{table}") == [(0,)], table
+    world.now = max(life.finished_at or 0 for life in world.promised.lives.values()) if world.promised.lives else 0
+    while world.promised.lives:
+        await world.purge(-1.0, limit=3)
+    await check_everything(world)
+    for table in ("tasks", "task_events", "task_inbox", "checkpoints", "contexts", "sessions"):
+        assert rows(world.store, f"SELECT count(*) FROM corral_{table}") == [(0,)], table

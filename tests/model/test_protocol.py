@@ -24,7 +24,7 @@ from llama_corral.stores import SqlStore
 
 from .holding import check_everything
 from .settling import clear, settle
-from .world import COMPLETE, FATES, RETRY, SERVICES, SESSIONS, Fate, Release, Run, World, pick_from
+from .world import FATES, RETRY, SERVICES, SESSIONS, Fate, Release, Run, World, pick_from
 
 EXAMPLES: Final = int(os.environ.get("CORRAL_TEST_MODEL_EXAMPLES", "60"))
 DEPTH: Final = settings(
@@ -108,7 +108,7 @@ class Protocol(RuleBasedStateMachine):
             deadline=None if timeout is None else now + timeout,
             not_before=None if later is None else now + later,
             max_attempts=attempts,
-            retry=RETRY if retries and COMPLETE else None,
+            retry=RETRY if retries else None,
         )
         self.call(world.accept, task, instance, fate)
 
@@ -170,12 +170,16 @@ class Protocol(RuleBasedStateMachine):
         return run
 
     @rule(
-        pick=picks, events=few, waiting=st.sampled_from([None, None, True, False]), snapshot=st.booleans(), fate=fates
+        pick=picks,
+        events=few,
+        waiting=st.sampled_from([None, None, True, False]),
+        snapshot=st.sampled_from([None, None, True, False]),
+        fate=fates,
     )
-    def report(self, pick: int, events: int, waiting: bool | None, snapshot: bool, fate: Fate) -> None:
+    def report(self, pick: int, events: int, waiting: bool | None, snapshot: bool | None, fate: Fate) -> None:
         run = self._free_run(pick)
         if run is not None:
-            checkpoint = self.world.checkpoint(run) if snapshot else None
+            checkpoint = None if snapshot is None else self.world.checkpoint(run, progress=snapshot)
             report = self.world.report(run, events=events, waiting=waiting, checkpoint=checkpoint)
             self.call(self.world.say, run, report, fate)
 
@@ -183,7 +187,7 @@ class Protocol(RuleBasedStateMachine):
     def end(self, pick: int, status: TaskStatus, based_on: int | None, retryable: bool, fate: Fate) -> None:
         run = self._free_run(pick)
         if run is not None:
-            retryable = retryable and status is TaskStatus.FAILED and COMPLETE
+            retryable = retryable and status is TaskStatus.FAILED
             ending = self.world.ending(run, status, based_on=based_on, retryable=retryable)
             self.call(self.world.say, run, ending, fate)
 
@@ -192,7 +196,7 @@ class Protocol(RuleBasedStateMachine):
         run = self._free_run(pick)
         if run is not None:
             checkpoint = self.world.checkpoint(run) if snapshot or idle else None
-            wake_at = self.world.now + timer if idle and timer is not None and COMPLETE else None
+            wake_at = self.world.now + timer if idle and timer is not None else None
             call = Release(run.task_id, run.claim.epoch, checkpoint, idle, wake_at)
             self.call(self.world.say, run, call, fate)
 
@@ -278,6 +282,15 @@ class Protocol(RuleBasedStateMachine):
     def delete_session(self, session: str) -> None:
         self.call(self.world.delete_session, session)
 
+    @rule(pick=picks, fresh=st.booleans())
+    def retry(self, pick: int, fresh: bool) -> None:
+        life = pick_from((each for each in self.world.promised.lives.values() if not each.is_open), pick)
+        self.call(self.world.retry, "unknown" if life is None else life.task.task_id, fresh=fresh)
+
+    @rule(age=st.sampled_from([0.0, 5.0, 60.0]), limit=st.integers(1, 3))
+    def purge(self, age: float, limit: int) -> None:
+        self.call(self.world.purge, age, limit)
+
     # Time
 
     @rule(seconds=st.sampled_from([0.5, 0.5, 3.0, 10.0, 3600.0, -2.0, -3600.0]))
@@ -290,8 +303,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule()
     def wake(self) -> None:
-        if COMPLETE:
-            self.call(self.world.wake)
+        self.call(self.world.wake)
 
 
 def _fields(task: NewTask) -> dict[str, Any]:

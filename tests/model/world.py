@@ -3,11 +3,11 @@ and reorders; a clock that is set. Every call to the store is told to `Promised`
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
-from llama_corral.abc import Store
 from llama_corral.exceptions import Conflict, NotFound
 from llama_corral.protocol.lifecycle import TaskStatus
 from llama_corral.protocol.messages import ErrorRecord
@@ -26,17 +26,16 @@ from llama_corral.protocol.records import (
     RetryPolicy,
     ServiceRecord,
     SessionRecord,
+    TaskFilter,
     Terminal,
     Ticket,
 )
 from llama_corral.stores import SqlStore
+from llama_corral.stores.recovery_units import RETRIED
 
 from .promised import Life, Promised
 
 T = TypeVar("T")
-
-COMPLETE: Final = SqlStore.purge is not Store.purge
-"""Whether the store has replay, timers and upkeep yet."""
 
 Fate = Literal["heard", "lost call", "lost answer", "twice"]
 FATES: Final[tuple[Fate, ...]] = ("heard", "heard", "heard", "lost call", "lost answer", "twice")
@@ -147,9 +146,8 @@ class World:
         assert set(answer.fenced) == hands.keys() - ours
         news = {task for task in ours if owned[task].cancel or len(owned[task].inbox) > hands[task].inbox_read}
         assert set(answer.news) == news
-        if COMPLETE:
-            strays = {(task, life.epoch) for task, life in owned.items() if task not in ours}
-            assert {(stray.task_id, stray.epoch) for stray in answer.strays} == strays
+        strays = {(task, life.epoch) for task, life in owned.items() if task not in ours}
+        assert {(stray.task_id, stray.epoch) for stray in answer.strays} == strays
         if not heard:
             return
         for task_id in answer.fenced:
@@ -264,6 +262,8 @@ class World:
         if claim.checkpoint is not None and life.checkpoint is not None:
             assert claim.checkpoint.snapshot == life.checkpoint.snapshot
             assert claim.checkpoint.inbox_applied == applied
+            assert claim.checkpoint.event_count == life.checkpoint.event_count
+        assert claim.retry == life.task.retry
 
     def _begin(self, claim: Claim | None, by: Instance) -> None:
         if claim is None or not by.alive:
@@ -308,11 +308,9 @@ class World:
             expected = self.promised.report(call)
             answer = await self.store.report(call)
         else:
-            timer = {"wake_at": call.wake_at} if COMPLETE else {}
-            expected = self.promised.release(call.task_id, call.epoch, call.checkpoint, call.idle, call.wake_at)
-            answer = await self.store.release(
-                call.task_id, call.epoch, call.checkpoint, self.now, idle=call.idle, **timer
-            )
+            arguments = (call.task_id, call.epoch, call.checkpoint, self.now)
+            expected = self.promised.release(*arguments, call.idle, call.wake_at)
+            answer = await self.store.release(*arguments, idle=call.idle, wake_at=call.wake_at)
         assert answer.status == {"new": "ok", "again": "ok"}.get(expected, expected)
         life = self.promised.lives.get(call.task_id)
         if life is not None and answer.status == "ok":
@@ -410,6 +408,29 @@ class World:
         deleted = await self.store.delete_session(session_id)
         assert (None if deleted is None else set(deleted.running)) == expected
         self.tickets = [ticket for ticket in self.tickets if ticket.task_id in self.promised.lives]
+
+    async def retry(self, task_id: str, *, fresh: bool) -> None:
+        new_id = str(uuid.uuid5(RETRIED, task_id))
+        expected = self.promised.retry(task_id, new_id, self.now, fresh)
+        try:
+            accepted = await self.store.retry(task_id, self.now, fresh=fresh)
+        except NotFound:
+            assert expected == "unknown"
+        except Conflict:
+            assert expected == "refused"
+        else:
+            assert (accepted.task_id, accepted.created, expected) in ((new_id, True, "created"), (new_id, False, "known"))
+            assert accepted.status == self.promised.lives[new_id].stored_status
+
+    async def purge(self, age: float, limit: int) -> None:
+        before = self.now - age
+        removable = self.promised.ended_before(before)
+        assert await self.store.purge(before, limit=limit) == min(limit, len(removable))
+        left = {record.task_id for record in await self.store.list_tasks(TaskFilter(limit=100_000))}
+        removed = [life for life in removable if life.task.task_id not in left]
+        assert [life.finished_at for life in removed] == [life.finished_at for life in removable[:limit]]
+        for life in removed:
+            self.gone.append(self.promised.lives.pop(life.task.task_id).task)
 
     async def read(self, task_id: str, reader: int, limit: int) -> None:
         """A reader goes on from its cursor."""
