@@ -2,6 +2,7 @@
 
 * `queues.py`: `MessageQueueContract`, what every message queue must do.
 * `faults.py`: `FaultyMessageQueue`, a queue whose links a test breaks by name.
+* `processes.py`: `open_stack`, real processes that a test kills, stops and starts again.
 """
 
 from __future__ import annotations
@@ -9,4 +10,7 @@ from __future__ import annotations
 from .faults import Fault as Fault
 from .faults import FaultyMessageQueue as FaultyMessageQueue
 from .faults import Hang as Hang
+from .processes import Program as Program
+from .processes import Stack as Stack
+from .processes import open_stack as open_stack
 from .queues import MessageQueueContract as MessageQueueContract

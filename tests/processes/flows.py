@@ -1,0 +1,122 @@
+"""What the processes run. A mark is a line in the file CORRAL_TEST_MARKS: each step appends one before it works."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import anyio
+from workflows import Context, Workflow, step
+from workflows.events import Event, HumanResponseEvent, InputRequiredEvent, StartEvent, StopEvent
+
+
+def mark(*words: object) -> None:
+    # One write to a file opened for appending: lines of several processes do not mix.
+    line = " ".join(map(str, words)) + "\n"
+    descriptor = os.open(os.environ["CORRAL_TEST_MARKS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+class Tick(Event):
+    n: int
+
+
+class First(Event):
+    name: str
+
+
+class Second(Event):
+    name: str
+
+
+class Steps(Workflow):
+    """Three steps, each with an event of its own."""
+
+    @step
+    async def one(self, ctx: Context, ev: StartEvent) -> First:
+        mark(ev.name, "one", os.getpid())
+        ctx.write_event_to_stream(Tick(n=1))
+        await ctx.store.set("pause", pause := ev.get("pause", 0.02))
+        await anyio.sleep(pause)  # the work
+        return First(name=ev.name)
+
+    @step
+    async def two(self, ctx: Context, ev: First) -> Second:
+        mark(ev.name, "two", os.getpid())
+        ctx.write_event_to_stream(Tick(n=2))
+        await anyio.sleep(await ctx.store.get("pause"))
+        return Second(name=ev.name)
+
+    @step
+    async def three(self, ctx: Context, ev: Second) -> StopEvent:
+        mark(ev.name, "three", os.getpid())
+        ctx.write_event_to_stream(Tick(n=3))
+        await anyio.sleep(await ctx.store.get("pause"))
+        return StopEvent(result=ev.name)
+
+
+class Person(Workflow):
+    """Works, then waits for a person, then works."""
+
+    @step
+    async def prepare(self, ev: StartEvent) -> First:
+        mark(ev.name, "prepare", os.getpid())
+        return First(name=ev.name)
+
+    @step
+    async def ask(self, ctx: Context, ev: First) -> StopEvent:
+        mark(ev.name, "ask", os.getpid())
+        answer = await ctx.wait_for_event(HumanResponseEvent, waiter_event=InputRequiredEvent(), timeout=None)
+        mark(ev.name, "answered", os.getpid())
+        return StopEvent(result=f"{ev.name}: {answer.response}")
+
+
+class Ticking(Workflow):
+    @step
+    async def tick(self, ctx: Context, ev: StartEvent) -> StopEvent:
+        for n in range(ev.events):
+            ctx.write_event_to_stream(Tick(n=n))
+            await anyio.sleep(0.005)  # the work
+        return StopEvent(result=ev.events)
+
+
+class Unending(Workflow):
+    """The first attempt never ends and cannot be cancelled; the next one, in another process, ends at once."""
+
+    def first_attempt(self, name: str) -> bool:
+        mark(name, "begin", os.getpid())
+        with open(os.environ["CORRAL_TEST_MARKS"]) as marks:
+            return sum(line.startswith(f"{name} begin ") for line in marks) == 1
+
+
+class Blocked(Unending):
+    @step
+    def hold(self, ctx: Context, ev: StartEvent) -> StopEvent:
+        if self.first_attempt(ev.name):
+            ctx.write_event_to_stream(Tick(n=0))
+            threading.Event().wait()
+        return StopEvent(result=ev.name)
+
+
+class Deaf(Unending):
+    @step
+    async def hold(self, ctx: Context, ev: StartEvent) -> StopEvent:
+        if self.first_attempt(ev.name):
+            ctx.write_event_to_stream(Tick(n=0))
+            while True:
+                try:
+                    await anyio.sleep_forever()
+                except BaseException:  # noqa: BLE001 - what the test is about
+                    time.sleep(0.01)
+        return StopEvent(result=ev.name)
+
+
+steps = Steps(timeout=None)
+person = Person(timeout=None)
+ticking = Ticking(timeout=None)
+blocked = Blocked(timeout=None)
+deaf = Deaf(timeout=None)
