@@ -76,10 +76,8 @@ async def check_endings(tasks: Sequence[Task]) -> dict[str, TaskResult]:
 
     async def check(task: Task) -> TaskResult:
         record = await task.wait()
-        seen: list[TaskEvent] = []
         async with task.events() as events:
-            async for event in events:
-                seen.append(event)
+            seen = [event async for event in events]
         assert [event.index for event in seen] == list(range(len(seen)))
         assert Counter(event.type for event in seen)["StopEvent"] == 1
         assert seen[-1].type == "StopEvent"

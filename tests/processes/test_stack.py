@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -49,10 +50,14 @@ async def test_it_starts_stops_and_starts_again(tmp_path: Path) -> None:
 
 async def test_it_ends_with_its_block_and_shows_what_was_printed() -> None:
     found: list[Stack] = []
-    with pytest.raises(ValueError, match="mine") as caught:
+
+    async def fail() -> None:
         async with open_stack([HELLO]) as stack:
             found.append(stack)
             raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine") as caught:
+        await fail()
     assert not lives(found[0].main.pid)
     assert "corral ready at" in caught.value.__notes__[0]
     assert not found[0].folder.exists()
@@ -80,7 +85,5 @@ anyio.run(main, backend="trio")
 def test_it_ends_with_the_process_of_the_tests() -> None:
     done = subprocess.run([sys.executable, "-c", DYING], stdout=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 3
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int(done.stdout)).wait(20)
-    except psutil.NoSuchProcess:
-        pass

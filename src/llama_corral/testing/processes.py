@@ -349,6 +349,5 @@ def _showing(stack: Stack) -> Iterator[None]:
         raise
 
 
-
 def _open_log(path: Path) -> BinaryIO:
     return path.open("ab", buffering=0)
