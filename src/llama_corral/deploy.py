@@ -1,6 +1,7 @@
 """Composing the parts: a core, services, or all of it in one process. Nothing else is in here.
 
-    store ⊃ queue ⊃ control plane ⊃ { services, HTTP server }
+    store ⊃ queue ⊃ control plane ⊃ { services, HTTP server }      `deploy_core`, `deploy_workflow`, `deploy_all`
+    connections ⊃ services                                         `deploy_worker`, for a core in another process
 
 Nesting is the closing order. A stop refuses new tasks first, lets the services drain while their clients still listen, and
 closes the HTTP server after that. Each function is started with `task_group.start`: it reports when it really works, raises
@@ -14,24 +15,38 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Final, Literal
 
 import anyio
 import anyio.abc
 import trio
+from pydantic import SecretStr
 from workflows import Workflow
 
 from . import __version__
-from .abc import MessageQueue, Store
-from .aio import open_asyncio_loop
+from .abc import Coordinator, MessageQueue, Store
+from .aio import caller_library, open_asyncio_loop
 from .control_plane import ControlPlane, ControlPlaneConfig
-from .exceptions import SetupError
+from .exceptions import SetupError, Unavailable
+from .http_link import HttpLink
+from .protocol.sealing import Sealer
 from .queues import open_queue
+from .queues.http import HttpMessageQueue
 from .runtime import StepFlavour, check_served
 from .services import WorkflowService, WorkflowServiceConfig
-from .settings import ServerSettings
+from .services.http_coordinator import HttpCoordinator
+from .settings import ServerSettings, StateSettings
 from .stores import open_store
+from .stores.secret_file import SecretFile, read_secret_file
+from .supervision import Backoff, StopEvent
 
 logger = logging.getLogger(__name__)
+
+CheckpointPolicy = Literal["auto", "every_step", "on_wait", "none"]
+OnChange = Literal["resume", "restart", "fail"]
+
+MAX_RETRY_DELAY: Final = 5.0
+"""Seconds that a worker waits at most before it looks again whether its control plane is up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +78,52 @@ class Deployment:
 
 
 @dataclass(frozen=True, slots=True)
-class DeployOptions:
-    """What all services of a deployment share.
+class Worker:
+    """Services that work for a control plane in another process, by name."""
+
+    url: str
+    services: Mapping[str, WorkflowService]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceOptions:
+    """What all services of a process share.
 
     `max_concurrent_tasks`: the cap of each service. `drain_timeout`: seconds that working runs get after a stop.
+    `checkpoints`, `idle_timeout`, `on_change`: as in `WorkflowService`. `debug`: keep tracebacks in the records of failed
+    tasks.
+    """
+
+    max_concurrent_tasks: int = 8
+    step_flavour: StepFlavour = "asyncio"
+    drain_timeout: float = 10.0
+    checkpoints: CheckpointPolicy = "auto"
+    idle_timeout: float | None = None
+    on_change: OnChange = "resume"
+    debug: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeployOptions(ServiceOptions):
+    """Of a core, and of services in its process.
+
+    `state_secret`: the first one seals stored state, all of them verify. Without any (`CORRAL_STATE_SECRET` is not set
+    either), a store in a file has one of its own, kept beside it.
     """
 
     store_url: str = "sqlite:///corral.db"
     queue_url: str = "memory://"
-    max_concurrent_tasks: int = 8
-    step_flavour: StepFlavour = "asyncio"
-    drain_timeout: float = 10.0
     settings: ServerSettings = field(default_factory=ServerSettings)
     control_plane: ControlPlaneConfig = field(default_factory=ControlPlaneConfig)
+    state_secret: tuple[SecretStr, ...] = field(default_factory=lambda: StateSettings().state_secret)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions(ServiceOptions):
+    """Of services whose control plane is another process: `corral core` or `corral serve`."""
+
+    control_plane_url: str = "http://127.0.0.1:8000"
+    token: SecretStr | None = None
 
 
 @asynccontextmanager
@@ -84,14 +132,27 @@ async def open_core(options: DeployOptions) -> AsyncIterator[Core]:
     `deploy_workflow`.
 
     Raises:
-        StoreError, SetupError: a URL that cannot be used.
+        StoreError, SetupError: a URL or a secret that cannot be used.
     """
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(open_store(options.store_url))
+        store = await stack.enter_async_context(_open_sealed_store(options))
         queue = await stack.enter_async_context(open_queue(options.queue_url))
-        # SQLite is locked by one process: whatever instance is stored from before is dead.
+        # SQLite is locked by one process: whatever lived in an earlier one is dead.
         plane = await stack.enter_async_context(ControlPlane(store, queue, config=options.control_plane, alone=True))
         yield Core((), plane, queue, store)
+
+
+@asynccontextmanager
+async def _open_sealed_store(options: DeployOptions) -> AsyncIterator[Store]:
+    secrets = options.state_secret
+    own: SecretFile | None = None
+    if not secrets:
+        own = await anyio.to_thread.run_sync(read_secret_file, options.store_url)
+        secrets = () if own is None else (own.secret,)
+    async with open_store(options.store_url, sealer=Sealer(secrets) if secrets else None) as store:
+        if own is not None:
+            await anyio.to_thread.run_sync(own.keep)
+        yield store
 
 
 async def deploy_core(
@@ -116,27 +177,17 @@ async def deploy_workflow(
     workflow: Workflow,
     config: WorkflowServiceConfig,
     core: Core,
+    options: ServiceOptions | None = None,
     *,
-    step_flavour: StepFlavour = "asyncio",
-    drain_timeout: float = 10.0,
-    debug: bool = False,
     task_status: anyio.abc.TaskStatus[WorkflowService] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve a workflow on a core of this process until the service is stopped. Started with the service when it takes
-    tasks.
+    tasks. The cap is that of `config`.
 
     On Trio with the "asyncio" flavour, open one `llama_corral.aio.open_asyncio_loop` around all of them, or each service
     opens its own.
     """
-    service = WorkflowService(
-        workflow,
-        core.queue,
-        config,
-        coordinator=core.plane,
-        step_flavour=step_flavour,
-        drain_timeout=drain_timeout,
-        debug=debug,
-    )
+    service = _make_service(workflow, config, core.queue, core.plane, options or ServiceOptions())
     async with anyio.create_task_group() as tasks:
         await tasks.start(service.processing_loop)
         task_status.started(service)
@@ -150,6 +201,7 @@ async def deploy_all(
     task_status: anyio.abc.TaskStatus[Deployment] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """A core and a service for each workflow, by name, in this process, until `stop` is set or the call is cancelled.
+    Workers in other processes may join it.
 
     Started with the `Deployment` when it listens and every service takes tasks. After `stop` nothing new is accepted,
     working runs get `options.drain_timeout` seconds, what is left is handed back to the store, and the server closes.
@@ -161,11 +213,7 @@ async def deploy_all(
     """
     options = options or DeployOptions()
     stop = trio.Event() if stop is None else stop
-    if not workflows:
-        raise SetupError("there is no workflow to serve", hint="name at least one")
-    for workflow in workflows.values():
-        workflow.validate()
-        check_served(workflow, options.step_flavour, "trio")
+    _check_workflows(workflows, options)
     async with AsyncExitStack() as stack:
         if options.step_flavour == "asyncio":
             await stack.enter_async_context(open_asyncio_loop())
@@ -173,12 +221,14 @@ async def deploy_all(
         close_http = trio.Event()
         http = await stack.enter_async_context(trio.open_nursery())
         core = await _start_http(http, bare, options.settings, close_http)
+        host, _, port = core.url.rpartition("/")[2].rpartition(":")
         try:
             async with trio.open_nursery() as nursery:
-                services = {
-                    name: await nursery.start(partial(_deploy_one, workflow, name, core, options))
-                    for name, workflow in workflows.items()
-                }
+                services: dict[str, WorkflowService] = {}
+                for name, workflow in workflows.items():
+                    config = _config_of(name, workflow, options, host=host, port=int(port))
+                    services[name] = _make_service(workflow, config, core.queue, core.plane, options)
+                    await nursery.start(services[name].processing_loop)
                 task_status.started(Deployment(core, services))
                 await stop.wait()
                 logger.info("stopping: no new tasks; %d services drain", len(services))
@@ -189,30 +239,103 @@ async def deploy_all(
             close_http.set()
 
 
-async def _deploy_one(
-    workflow: Workflow,
-    name: str,
-    core: Core,
-    options: DeployOptions,
+async def deploy_worker(
+    workflows: Mapping[str, Workflow],
+    options: WorkerOptions | None = None,
     *,
-    task_status: anyio.abc.TaskStatus[WorkflowService],
+    stop: StopEvent | None = None,
+    task_status: anyio.abc.TaskStatus[Worker] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
-    host, _, port = core.url.rpartition("/")[2].rpartition(":")
-    config = WorkflowServiceConfig(
+    """A service for each workflow, by name, that works for a control plane in another process, on either backend, until
+    `stop` is set or the call is cancelled.
+
+    Started with the `Worker` when every service takes tasks; until the control plane answers, it tries again. If `stop` is
+    set before that, it returns without having started. After `stop` it takes nothing more, working runs get
+    `options.drain_timeout` seconds, and what is left is handed back.
+
+    Raises:
+        Unauthorized: the token is wrong.
+        Incompatible: the control plane is of a release with which this one cannot work.
+        UsageError, SetupError: what else must be changed before it can run.
+        WorkflowValidationError, FlavourError: as in `deploy_all`.
+    """
+    options = options or WorkerOptions()
+    stop = anyio.Event() if stop is None else stop
+    _check_workflows(workflows, options)
+    async with AsyncExitStack() as stack:
+        if options.step_flavour == "asyncio":
+            await stack.enter_async_context(open_asyncio_loop())
+        link = await stack.enter_async_context(HttpLink(options.control_plane_url, options.token))
+        coordinator = await stack.enter_async_context(HttpCoordinator(link.url, link=link))
+        queue = await stack.enter_async_context(HttpMessageQueue(link.url, link=link))
+        async with anyio.create_task_group() as tasks:
+            services: dict[str, WorkflowService] = {}
+            for name, workflow in workflows.items():
+                service = _make_service(workflow, _config_of(name, workflow, options), queue, coordinator, options)
+                if not await _start_patiently(tasks, service, link, stop):
+                    break
+                services[name] = service
+            else:
+                task_status.started(Worker(link.url, services))
+                await stop.wait()
+            logger.info("stopping: nothing new is taken; %d services drain", len(services))
+            for service in services.values():
+                service.stop()
+
+
+async def _start_patiently(
+    tasks: anyio.abc.TaskGroup, service: WorkflowService, link: HttpLink, stop: StopEvent
+) -> bool:
+    """Start a service, again and again while its control plane is away. False: `stop` came first."""
+    backoff = Backoff(maximum=MAX_RETRY_DELAY)
+    failures = 0
+    while not stop.is_set():
+        try:
+            await link.ask("GET", "/ready")
+            await tasks.start(service.processing_loop)
+        except Unavailable as error:
+            failures += 1
+            if failures == 1:
+                logger.warning("waiting for the control plane, trying again and again: %s", error)
+            with anyio.move_on_after(backoff.delay(failures)):
+                await stop.wait()
+        else:
+            return True
+    return False
+
+
+def _check_workflows(workflows: Mapping[str, Workflow], options: ServiceOptions) -> None:
+    if not workflows:
+        raise SetupError("there is no workflow to serve", hint="name at least one")
+    for workflow in workflows.values():
+        workflow.validate()
+        check_served(workflow, options.step_flavour, caller_library())
+
+
+def _config_of(name: str, workflow: Workflow, options: ServiceOptions, **address: Any) -> WorkflowServiceConfig:
+    return WorkflowServiceConfig(
         service_name=name,
         description=(workflow.__doc__ or f"The workflow {name}.").strip().partition("\n")[0],
-        host=host,
-        port=int(port),
         max_concurrent_tasks=options.max_concurrent_tasks,
+        **address,
     )
-    await deploy_workflow(
+
+
+def _make_service(
+    workflow: Workflow,
+    config: WorkflowServiceConfig,
+    queue: MessageQueue,
+    coordinator: Coordinator,
+    options: ServiceOptions,
+) -> WorkflowService:
+    return WorkflowService(
         workflow,
+        queue,
         config,
-        core,
+        coordinator=coordinator,
         step_flavour=options.step_flavour,
         drain_timeout=options.drain_timeout,
-        debug=options.settings.debug,
-        task_status=task_status,
+        debug=options.debug,
     )
 
 

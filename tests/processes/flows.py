@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 
@@ -13,7 +14,7 @@ from workflows.events import Event, HumanResponseEvent, InputRequiredEvent, Star
 
 def mark(*words: object) -> None:
     # One write to a file opened for appending: lines of several processes do not mix.
-    line = " ".join(map(str, words)) + "\n"
+    line = " ".join(map(str, (*words, os.getpid(), time.time()))) + "\n"
     descriptor = os.open(os.environ["CORRAL_TEST_MARKS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         os.write(descriptor, line.encode())
@@ -21,7 +22,17 @@ def mark(*words: object) -> None:
         os.close(descriptor)
 
 
+def die_at(stage: str) -> None:
+    """The end of this process, if it is one that dies there."""
+    if os.environ.get("CORRAL_TEST_DIE") == stage:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Tick(Event):
+    n: int
+
+
+class Done(Event):
     n: int
 
 
@@ -34,29 +45,30 @@ class Second(Event):
 
 
 class Steps(Workflow):
-    """Three steps, each with an event of its own."""
+    """Three steps. Each says that it begins and, as the last thing that it does, that it is done."""
 
     @step
     async def one(self, ctx: Context, ev: StartEvent) -> First:
-        mark(ev.name, "one", os.getpid())
-        ctx.write_event_to_stream(Tick(n=1))
-        await ctx.store.set("pause", pause := ev.get("pause", 0.02))
-        await anyio.sleep(pause)  # the work
+        await ctx.store.set("pause", ev.get("pause", 0.02))
+        await self.work(ctx, ev.name, 1)
         return First(name=ev.name)
 
     @step
     async def two(self, ctx: Context, ev: First) -> Second:
-        mark(ev.name, "two", os.getpid())
-        ctx.write_event_to_stream(Tick(n=2))
-        await anyio.sleep(await ctx.store.get("pause"))
+        await self.work(ctx, ev.name, 2)
         return Second(name=ev.name)
 
     @step
     async def three(self, ctx: Context, ev: Second) -> StopEvent:
-        mark(ev.name, "three", os.getpid())
-        ctx.write_event_to_stream(Tick(n=3))
-        await anyio.sleep(await ctx.store.get("pause"))
+        await self.work(ctx, ev.name, 3)
         return StopEvent(result=ev.name)
+
+    async def work(self, ctx: Context, name: str, number: int) -> None:
+        mark(name, number)
+        ctx.write_event_to_stream(Tick(n=number))
+        await anyio.sleep(await ctx.store.get("pause"))  # the work
+        die_at(f"step {number}")
+        ctx.write_event_to_stream(Done(n=number))
 
 
 class Person(Workflow):
@@ -64,14 +76,14 @@ class Person(Workflow):
 
     @step
     async def prepare(self, ev: StartEvent) -> First:
-        mark(ev.name, "prepare", os.getpid())
+        mark(ev.name, "prepare")
         return First(name=ev.name)
 
     @step
     async def ask(self, ctx: Context, ev: First) -> StopEvent:
-        mark(ev.name, "ask", os.getpid())
+        mark(ev.name, "ask")
         answer = await ctx.wait_for_event(HumanResponseEvent, waiter_event=InputRequiredEvent(), timeout=None)
-        mark(ev.name, "answered", os.getpid())
+        mark(ev.name, "answered")
         return StopEvent(result=f"{ev.name}: {answer.response}")
 
 
@@ -88,7 +100,7 @@ class Unending(Workflow):
     """The first attempt never ends and cannot be cancelled; the next one, in another process, ends at once."""
 
     def first_attempt(self, name: str) -> bool:
-        mark(name, "begin", os.getpid())
+        mark(name, "begin")
         with open(os.environ["CORRAL_TEST_MARKS"]) as marks:
             return sum(line.startswith(f"{name} begin ") for line in marks) == 1
 
@@ -115,8 +127,23 @@ class Deaf(Unending):
         return StopEvent(result=ev.name)
 
 
+class Frozen(Unending):
+    """Blocks the event loop itself."""
+
+    @step
+    async def hold(self, ctx: Context, ev: StartEvent) -> Second:
+        return Second(name=ev.name)
+
+    @step
+    async def freeze(self, ev: Second) -> StopEvent:
+        if self.first_attempt(ev.name):
+            threading.Event().wait()
+        return StopEvent(result=ev.name)
+
+
 steps = Steps(timeout=None)
 person = Person(timeout=None)
 ticking = Ticking(timeout=None)
 blocked = Blocked(timeout=None)
 deaf = Deaf(timeout=None)
+frozen = Frozen(timeout=None)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import anyio
 
@@ -29,12 +29,22 @@ async def flows_stack(folder: Path, *names: str, module: Path = FLOWS, **options
         yield stack
 
 
-def marks(folder: Path) -> list[tuple[str, ...]]:
-    """(name, step, process id) for each step that began, in order."""
+class Mark(NamedTuple):
+    """A step began."""
+
+    name: str
+    step: str
+    pid: int
+    at: float
+
+
+def read_marks(folder: Path) -> list[Mark]:
+    """In the order in which they were written."""
     try:
-        return [tuple(line.split()) for line in (folder / "marks").read_text().splitlines()]
+        lines = (folder / "marks").read_text().splitlines()
     except FileNotFoundError:
         return []
+    return [Mark(name, step, int(pid), float(at)) for name, step, pid, at in map(str.split, lines)]
 
 
 async def each(act: Callable[[T], Awaitable[R]], over: Iterable[T]) -> list[R]:

@@ -10,7 +10,7 @@ import pytest
 
 from llama_corral.client import Client, Task, TaskEvent
 
-from .support import check_endings, count_open, each, flows_stack, marks, start_named, wait_event
+from .support import check_endings, count_open, each, flows_stack, read_marks, start_named, wait_event
 
 pytestmark = [pytest.mark.process, pytest.mark.trio]
 
@@ -31,7 +31,7 @@ async def test_killed_with_200_tasks_of_which_50_wait_for_a_person(tmp_path: Pat
         assert await count_open(client) > 50
         stack.main.kill()
         await stack.main.wait_exit()
-        in_flight = 200 - len({name for name, step, _ in marks(tmp_path) if step == "three"})
+        in_flight = 200 - len({mark.name for mark in read_marks(tmp_path) if mark.step == "3"})
 
         await stack.main.restart()
         assert in_flight > 50
@@ -96,7 +96,25 @@ async def test_what_cannot_be_cancelled_ends_with_the_process(tmp_path: Path, se
         assert await stack.main.wait_exit() == (70 if service == "deaf" else 0)
         await stack.main.restart()
         await check_endings([task])
-        assert [step for _, step, _ in marks(tmp_path)] == ["begin", "begin"]
+        assert [mark.step for mark in read_marks(tmp_path)] == ["begin", "begin"]
+
+
+@pytest.mark.promise("P1", "P7")
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_step_that_blocks_the_event_loop_ends_with_the_process(tmp_path: Path, again: bool) -> None:
+    options = ("--drain-timeout", "0.2", "--stuck-after", "0.5" if not again else "60")
+    async with flows_stack(tmp_path, "frozen", options=options) as stack:
+        async with Client(stack.url) as client:
+            task = await client.start("frozen", name="frozen")
+        await stack.wait_file("marks")
+        stack.main.terminate()
+        if again:
+            stack.main.terminate()
+        assert await stack.main.wait_exit() == (143 if again else 70)
+        assert "in freeze" in stack.main.output  # its stack
+        await stack.main.restart()
+        async with Client(stack.url) as client:
+            await check_endings([await client.get_task("frozen")])
 
 
 @pytest.mark.promise("P3")
