@@ -1,4 +1,5 @@
-"""The routes of the control plane: `services.py`, `sessions.py`, `tasks.py` those of the original, and `run.py` ours."""
+"""The routes of the control plane: `services.py`, `sessions.py`, `tasks.py` those of the original; `run.py` ours
+for clients, `instances.py` for workers."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 from ...settings import ServerSettings
 from ...web import WebApp
 from ..plane import ControlPlane
+from .instances import InstanceRoutes
 from .run import RunRoutes
 from .services import ServiceRoutes
 from .sessions import SessionRoutes
@@ -31,7 +33,14 @@ def mount(app: WebApp, plane: ControlPlane, *, queue_config: Mapping[str, Any] |
             taken out here. If not given, the class of the queue without settings.
     """
     config = {type(plane.queue).__name__: {}} if queue_config is None else queue_config
-    for group in (ServiceRoutes(plane, config), SessionRoutes(plane), TaskRoutes(plane), RunRoutes(plane)):
+    groups = (
+        ServiceRoutes(plane, config),
+        SessionRoutes(plane),
+        TaskRoutes(plane),
+        RunRoutes(plane),
+        InstanceRoutes(plane),
+    )
+    for group in groups:
         for routes in group.routes():
             app.include(routes)
     app.add_component("control plane", lambda: not plane.draining)
