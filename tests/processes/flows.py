@@ -131,12 +131,9 @@ class Frozen(Unending):
     """Blocks the event loop itself."""
 
     @step
-    async def hold(self, ctx: Context, ev: StartEvent) -> Second:
-        return Second(name=ev.name)
-
-    @step
-    async def freeze(self, ev: Second) -> StopEvent:
+    async def freeze(self, ev: StartEvent) -> StopEvent:
         if self.first_attempt(ev.name):
+            print("frozen", flush=True)
             threading.Event().wait()
         return StopEvent(result=ev.name)
 

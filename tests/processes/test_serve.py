@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -104,17 +105,19 @@ async def test_what_cannot_be_cancelled_ends_with_the_process(tmp_path: Path, se
 async def test_a_step_that_blocks_the_event_loop_ends_with_the_process(tmp_path: Path, again: bool) -> None:
     options = ("--drain-timeout", "0.2", "--stuck-after", "0.5" if not again else "60")
     async with flows_stack(tmp_path, "frozen", options=options) as stack:
-        async with Client(stack.url) as client:
-            task = await client.start("frozen", name="frozen")
-        await stack.wait_file("marks")
-        stack.main.terminate()
+        async with Client(stack.url) as client, anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(client.start, "frozen", name="frozen", task_id="frozen"))
+            await stack.main.wait_output("frozen")
+            tasks.cancel_scope.cancel()  # nobody answers any more
         if again:
-            stack.main.terminate()
+            # Another number: the same one twice may be one signal.
+            stack.main.send_signal(signal.SIGINT)
+        stack.main.terminate()
         assert await stack.main.wait_exit() == (143 if again else 70)
         assert "in freeze" in stack.main.output  # its stack
         await stack.main.restart()
         async with Client(stack.url) as client:
-            await check_endings([await client.get_task("frozen")])
+            await check_endings([client.task("frozen")])
 
 
 @pytest.mark.promise("P3")

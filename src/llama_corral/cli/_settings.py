@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import SecretStr, ValidationError
 from pydantic_settings import BaseSettings
@@ -57,7 +57,7 @@ def read_state_secret() -> tuple[SecretStr, ...]:
     return secrets
 
 
-def set_up_logging(log_format: str, log_level: str) -> None:
+def set_up_logging(log_format: Literal["text", "json"], log_level: str) -> None:
     """Log lines on stderr."""
     from ..web import configure_logging
 

@@ -53,9 +53,7 @@ def core(
             retention=retention, max_queued_tasks=max_queued_tasks, heartbeat=heartbeat, lease=lease
         )
         set_up_logging(log_format, log_level)
-        return DeployOptions(
-            store_url=store, settings=settings, control_plane=config, state_secret=read_state_secret()
-        )
+        return DeployOptions(store_url=store, settings=settings, control_plane=config, state_secret=read_state_secret())
 
     sys.exit(run_program(prepare, _core, drain_timeout=drain_timeout, stuck_after=stuck_after))
 
