@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...protocol.lifecycle import TaskStatus
 from ...protocol.messages import ErrorRecord, SessionDefinition, TaskDefinition
 from ...protocol.records import SessionPolicy, SessionRecord, TaskRecord
+from ...web import ErrorBody
 from ..checks import MAX_TIMEOUT
 
 Seconds = Annotated[float, Field(gt=0, le=MAX_TIMEOUT, allow_inf_nan=False)]
 PageSize = Annotated[int, Field(ge=1, le=10_000)]
+
+
+INDEX_SCHEMA: Final[dict[str, Any]] = {"type": "string", "pattern": "^[0-9]{1,18}$"}
+"""Of an event, as text: what `events.parse_cursor` takes."""
 
 
 class Strict(BaseModel):
@@ -58,7 +63,12 @@ class ResultQuery(Strict):
 
 
 class EventsQuery(Strict):
-    start: str | None = Field(None, alias="from", description="Index of the first event wanted; 0 if not given.")
+    start: str | None = Field(
+        None,
+        alias="from",
+        description="Index of the first event wanted; 0 if not given.",
+        json_schema_extra={"anyOf": [INDEX_SCHEMA, {"type": "null"}]},
+    )
 
 
 class TasksQuery(Strict):
@@ -83,6 +93,16 @@ class RunAnswer(BaseModel):
     session_id: str
     status: TaskStatus
     result: Any = None
+
+
+class RunRefusal(ErrorBody):
+    """Why a task that was accepted has no result, or none yet. `error` has the fields of an `ErrorRecord` too if the
+    task has ended."""
+
+    task_id: str
+    session_id: str
+    status: TaskStatus
+    result: None = None
 
 
 class CancelAnswer(BaseModel):

@@ -10,9 +10,9 @@ from ...exceptions import BadInput
 from ...protocol.lifecycle import TaskStatus
 from ...protocol.messages import new_id
 from ...protocol.records import Accepted, Terminal
-from ...web import Request, Response, Routes
+from ...web import ErrorBody, Request, Response, Routes
 from ..plane import ControlPlane
-from .models import RunAnswer, RunQuery
+from .models import RunAnswer, RunQuery, RunRefusal
 
 FAILED: Final = 424
 """`Failed Dependency`: the request was right and was accepted; the workflow that it depends on raised. No 4xx of the door
@@ -34,7 +34,15 @@ class RunRoutes:
 
     def routes(self) -> list[Routes]:
         routes = Routes(tag="Services")
-        routes.add("POST", "/services/{service_name}/run", self.run_service, hot=True, returns=RunAnswer)
+        routes.add(
+            "POST",
+            "/services/{service_name}/run",
+            self.run_service,
+            hot=True,
+            returns=RunAnswer,
+            answers={202: RunAnswer, **dict.fromkeys((409, FAILED, 429, 503, 504), RunRefusal | ErrorBody)},
+            takes_headers={"Idempotency-Key": {"type": "string", "minLength": 1, "maxLength": _MAX_KEY}},
+        )
         return [routes]
 
     async def run_service(

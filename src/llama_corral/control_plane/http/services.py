@@ -36,11 +36,11 @@ class ServiceRoutes:
     def routes(self) -> list[Routes]:
         own, services, queue = Routes(tag="Control Plane"), Routes(tag="Services"), Routes(tag="Message Queue")
         own.add("GET", "/", self.home)
-        own.add("POST", "/process_message", self.process_message)
+        own.add("POST", "/process_message", self.process_message, errors=(404, 409, 429))
         own.add("GET", "/status", self.status)
         queue.add("GET", "/queue_config", self.get_message_queue_config)
         services.add("POST", "/services/register", self.register_service, returns=ControlPlaneConfig)
-        services.add("POST", "/services/deregister", self.deregister_service)
+        services.add("POST", "/services/deregister", self.deregister_service, errors=(404,))
         services.add("GET", "/services/{service_name}", self.get_service, returns=ServiceDefinition)
         services.add("GET", "/services", self.get_all_services, returns=dict[str, ServiceDefinition])
         return [own, queue, services]
