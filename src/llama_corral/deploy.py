@@ -27,11 +27,13 @@ from .abc import Coordinator, MessageQueue, Store
 from .aio import caller_library, open_asyncio_loop
 from .control_plane import ControlPlane, ControlPlaneConfig
 from .exceptions import SetupError
+from .protocol.sealing import Sealer
 from .queues import open_queue
 from .runtime import StepFlavour, check_served
 from .services import WorkflowService, WorkflowServiceConfig
 from .settings import ServerSettings, StateSettings
 from .stores import open_store
+from .stores.secret_file import SecretFile, read_secret_file
 
 logger = logging.getLogger(__name__)
 
@@ -109,11 +111,25 @@ async def open_core(options: DeployOptions) -> AsyncIterator[Core]:
         StoreError, SetupError: a URL or a secret that cannot be used.
     """
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(open_store(options.store_url))
+        store = await stack.enter_async_context(_open_sealed_store(options))
         queue = await stack.enter_async_context(open_queue(options.queue_url))
         # SQLite is locked by one process: whatever lived in an earlier one is dead.
         plane = await stack.enter_async_context(ControlPlane(store, queue, config=options.control_plane, alone=True))
         yield Core((), plane, queue, store)
+
+
+@asynccontextmanager
+async def _open_sealed_store(options: DeployOptions) -> AsyncIterator[Store]:
+    secrets = options.state_secret
+    own: SecretFile | None = None
+    if not secrets:
+        own = await anyio.to_thread.run_sync(read_secret_file, options.store_url)
+        secrets = () if own is None else (own.secret,)
+    sealer = Sealer([secret.get_secret_value() for secret in secrets]) if secrets else None
+    async with open_store(options.store_url, sealer=sealer) as store:
+        if own is not None:
+            await anyio.to_thread.run_sync(own.keep)
+        yield store
 
 
 async def deploy_core(

@@ -22,6 +22,12 @@ def mark(*words: object) -> None:
         os.close(descriptor)
 
 
+def marks_of(name: str) -> int:
+    """How many there are."""
+    with open(os.environ["CORRAL_TEST_MARKS"]) as file:
+        return sum(line.startswith(f"{name} ") for line in file)
+
+
 def die_at(stage: str) -> None:
     """The end of this process, if it is one that dies there."""
     if os.environ.get("CORRAL_TEST_DIE") == stage:
@@ -101,8 +107,7 @@ class Unending(Workflow):
 
     def first_attempt(self, name: str) -> bool:
         mark(name, "begin")
-        with open(os.environ["CORRAL_TEST_MARKS"]) as marks:
-            return sum(line.startswith(f"{name} begin ") for line in marks) == 1
+        return marks_of(name) == 1
 
 
 class Blocked(Unending):
