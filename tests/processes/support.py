@@ -81,6 +81,20 @@ async def wait_event(task: Task, index: int = 0) -> TaskEvent:
     raise AssertionError(f"{task} ended without event {index}")
 
 
+async def wait_type(task: Task, kind: str) -> TaskEvent:
+    """The first event of a type."""
+    async with task.events() as events:
+        async for event in events:
+            if event.type == kind:
+                return event
+    raise AssertionError(f"{task} ended without {kind}")
+
+
+async def answer(task: Task) -> None:
+    """Say yes to whoever waits for a person."""
+    await task.send_event("HumanResponseEvent", {"response": "yes"})
+
+
 async def check_endings(tasks: Sequence[Task]) -> dict[str, TaskResult]:
     """All of them end as completed, exactly once, with a stream of 0..n-1 that says the same as the record."""
 

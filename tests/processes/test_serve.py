@@ -9,15 +9,11 @@ from pathlib import Path
 import anyio
 import pytest
 
-from llama_corral.client import Client, Task, TaskEvent
+from llama_corral.client import Client, TaskEvent
 
-from .support import check_endings, count_open, each, flows_stack, read_marks, start_named, wait_event
+from .support import answer, check_endings, count_open, each, flows_stack, read_marks, start_named, wait_event
 
 pytestmark = [pytest.mark.process, pytest.mark.trio]
-
-
-async def answer(task: Task) -> None:
-    await task.send_event("HumanResponseEvent", {"response": "yes"})
 
 
 @pytest.mark.promise("P1", "P2", "P3", "P5")
