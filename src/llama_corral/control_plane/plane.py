@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final, Protocol, Self
 
@@ -137,8 +137,12 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
     def drain_on(self, stop: Stop) -> None:
         """When `stop` is set, refuse new tasks and answer whoever waits, at the latest after `DRAIN_PATIENCE`. Call it
         inside the block."""
+        self.start_helper(self._drain_on, stop, name="drain")
+
+    def start_helper(self, fn: Callable[..., Awaitable[None]], *args: Any, name: str) -> None:
+        """Run a part of somebody who serves the control plane until the block is left. Call it inside the block."""
         assert self._support is not None, "the control plane is not open"
-        self._support.start_soon(self._drain_on, stop, name="drain")
+        self._support.start_soon(fn, *args, name=name)
 
     async def _drain_on(self, stop: Stop) -> None:
         await stop.wait()

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...protocol.messages import QueueMessage, ServiceDefinition
-from ...web import Routes
+from ...web import Request, Routes
 from ..config import ControlPlaneConfig
 from ..plane import ControlPlane
 from ..sessions import no_such_service
 from .models import ServiceQuery, StatusAnswer
+from .queue import simple_queue_config
 
 _SECRET = re.compile(r"pass|secret|token|credential|(^|_)key|auth", re.IGNORECASE)
 _USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")
@@ -29,9 +30,9 @@ def without_credentials(value: Any) -> Any:
 class ServiceRoutes:
     """The original's `Control Plane`, `Message Queue` and `Services` routes, and `/status`."""
 
-    def __init__(self, plane: ControlPlane, queue_config: Mapping[str, Any]) -> None:
+    def __init__(self, plane: ControlPlane, queue_config: Mapping[str, Any] | None) -> None:
         self.plane = plane
-        self.queue_config = without_credentials(queue_config)
+        self.queue_config = None if queue_config is None else without_credentials(queue_config)
 
     def routes(self) -> list[Routes]:
         own, services, queue = Routes(tag="Control Plane"), Routes(tag="Services"), Routes(tag="Message Queue")
@@ -69,10 +70,9 @@ class ServiceRoutes:
             {"services": await self.plane.services.status(), "draining": self.plane.draining}
         )
 
-    async def get_message_queue_config(self) -> dict[str, dict[str, Any]]:
-        """Which message queue this control plane uses. Credentials are never part of it."""
-        found: dict[str, dict[str, Any]] = self.queue_config
-        return found
+    async def get_message_queue_config(self, request: Request) -> dict[str, dict[str, Any]]:
+        """Which message queue the original's services are to use. Credentials are never part of it."""
+        return simple_queue_config(request) if self.queue_config is None else dict(self.queue_config)
 
     async def register_service(self, body: ServiceDefinition) -> dict[str, Any]:
         """Register a service, or register it again."""
