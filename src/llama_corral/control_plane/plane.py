@@ -396,7 +396,7 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         if not session_id:
             # Whoever is refused leaves nothing, and whoever repeats a message means the same session.
             checks.check_id(definition.task_id, "task_id")
-            await self._check_start(definition.agent_id, checks.start_arguments(definition.input)[1])
+            await self._acceptance.check_start(definition.agent_id, checks.start_arguments(definition.input)[1])
             session_id = str(uuid.uuid5(_SESSIONS, definition.task_id))
             await self.sessions.get_or_create(session_id)
         return await self.submit(
