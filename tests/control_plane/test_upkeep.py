@@ -11,8 +11,8 @@ from typing import Any
 import anyio
 import pytest
 
-from llama_corral.control_plane.leases import Leases
 from llama_corral.control_plane.alarm import Alarm
+from llama_corral.control_plane.leases import Leases
 from llama_corral.exceptions import Conflict
 from llama_corral.protocol.lifecycle import TaskStatus
 from llama_corral.protocol.messages import ServiceDefinition

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlencode
 
-from ..client.errors import from_answer, no_answer, not_ours
-from ..client.urls import authorization, check_url, is_loopback
+from ..http_answers import from_answer, no_answer, not_ours
+from ..http_urls import authorization, check_url, is_loopback
 
 TIMEOUT: Final = 30.0
 

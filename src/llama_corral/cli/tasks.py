@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..client.outgoing import event_text
-from ..client.urls import path_of
+from ..http_urls import path_of
 from .options import DEFAULT_URL, Arguments, Input, Json, Token, Url, values
 from .output import print_json, print_text
 from .plain_http import Server

@@ -12,15 +12,15 @@ import anyio
 from pydantic import SecretStr
 
 from .. import exceptions as exc
+from ..http_answers import not_ours
+from ..http_urls import path_of
 from ..protocol.messages import MAX_KEY, id_of_key, new_id
-from .errors import not_ours
 from .http import Http
 from .outgoing import start_arguments
 from .services import Services
 from .sessions import Session, Sessions
 from .shielding import finish
 from .tasks import OnEvent, Task, TaskInfo, outcome, parse_info
-from .urls import path_of
 
 CANCEL_GRACE: Final = 5.0
 """Seconds that a cancelled `run` takes at most to tell the server."""

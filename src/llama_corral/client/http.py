@@ -21,8 +21,8 @@ import httpx
 from pydantic import SecretStr
 
 from ..exceptions import CorralError, TooManyTasks, Unavailable
-from .errors import from_answer, no_answer, not_ours
-from .urls import authorization, check_url, is_loopback
+from ..http_answers import from_answer, no_answer, not_ours
+from ..http_urls import authorization, check_url, is_loopback
 
 STREAM_SILENCE: Final = 45.0
 """Seconds of silence after which a stream's connection counts as dead: three heartbeats of the server."""

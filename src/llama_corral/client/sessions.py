@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..http_answers import not_ours
+from ..http_urls import path_of
 from ..protocol.records import SessionPolicy
-from .errors import not_ours
 from .outgoing import start_arguments
 from .tasks import Task, TaskInfo
-from .urls import path_of
 
 if TYPE_CHECKING:
     from .api import Client

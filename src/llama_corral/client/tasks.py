@@ -9,13 +9,13 @@ import anyio
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .. import exceptions as exc
+from ..http_answers import not_ours
+from ..http_urls import path_of
 from ..protocol.lifecycle import TaskStatus
 from ..protocol.messages import ErrorRecord, TaskResult
-from .errors import not_ours
 from .events import TaskEvents
 from .http import Http, Patience
 from .outgoing import event_text
-from .urls import path_of
 
 LONG_POLL: Final = 25.0
 """Seconds for which a result is asked at a time: less than most proxies wait for an answer."""

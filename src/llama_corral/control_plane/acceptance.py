@@ -57,7 +57,7 @@ class Acceptance:
             max_attempts=self._config.max_attempts,
             repeatable=repeatable,
         )
-        await self._check_start(service_name, parsed)
+        await self.check_start(service_name, parsed)
         if not self._admission.take(service_name) and not (repeatable and await self._is_known(task.task_id)):
             await self._admit(service_name)
         with anyio.CancelScope(shield=True):
@@ -75,7 +75,8 @@ class Acceptance:
                 self._effects.tickets([Ticket(record.task_id, record.service_name)])
         return accepted
 
-    async def _check_start(self, service_name: str, arguments: Mapping[str, Any]) -> None:
+    async def check_start(self, service_name: str, arguments: Mapping[str, Any]) -> None:
+        """Raise what is wrong with the start arguments of a service, or that there is no such service."""
         local = self._registry.local(service_name)
         if local is not None:
             local.check_start(arguments)

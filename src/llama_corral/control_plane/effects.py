@@ -222,7 +222,7 @@ class Effects:
             await (self._queue.broadcast(message, topic) if everybody else self._queue.publish(message, topic))
 
     async def _publish_ticket(self, ticket: Ticket) -> None:
-        if not await self._messages_only(ticket.service_name):
+        if not await self.messages_only(ticket.service_name):
             # Who claims gets everything else with the claim, in the version that is stored then.
             await self._publish_task(TaskDefinition(input="", task_id=ticket.task_id, agent_id=ticket.service_name))
             return
@@ -249,14 +249,15 @@ class Effects:
         )
         await self._queue.publish(message, topics.topic(self._namespace, definition.agent_id))
 
-    async def _messages_only(self, service_name: str) -> bool:
+    async def messages_only(self, service_name: str) -> bool | None:
+        """Whether a service takes its tasks out of messages and never claims. None: there is no such service."""
         known = self._registry.is_messages_only(service_name)
         if known is None:
             service = await self._store.get_service(service_name)
             if service is not None:
                 self._registry.learn(service)
             known = self._registry.is_messages_only(service_name)
-        return bool(known)
+        return known
 
     def statistics(self) -> Mapping[str, Any]:
         return {

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final, Protocol, Self, Unpack
 
@@ -51,6 +52,8 @@ DRAIN_PATIENCE: Final = 3.0
 """Seconds that a request waiting for an ending gets when the process begins to stop."""
 OWNER_GRACE: Final = 2.0
 """Seconds after a deadline that an owner gets to report the ending before a waiting request is answered without it."""
+
+_SESSIONS: Final = uuid.UUID("0e2f6b1c-4c1d-4c0e-9d53-6a0c5a7f3a5e")
 
 
 class Stop(Protocol):
@@ -142,8 +145,12 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
     def drain_on(self, stop: Stop) -> None:
         """When `stop` is set, refuse new tasks and answer whoever waits, at the latest after `DRAIN_PATIENCE`. Call it
         inside the block."""
+        self.start_helper(self._drain_on, stop, name="drain")
+
+    def start_helper(self, fn: Callable[..., Awaitable[None]], *args: Any, name: str) -> None:
+        """Run a part of somebody who serves the control plane until the block is left. Call it inside the block."""
         assert self._support is not None, "the control plane is not open"
-        self._support.start_soon(self._drain_on, stop, name="drain")
+        self._support.start_soon(fn, *args, name=name)
 
     async def _drain_on(self, stop: Stop) -> None:
         await stop.wait()
@@ -385,7 +392,13 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         """A task as the original's clients write it; without a session it gets one of its own, which stays."""
         if not definition.agent_id:
             raise BadInput("The task does not name its service: agent_id is missing.", hint="GET /services lists them.")
-        session_id = definition.session_id or (await self.sessions.create()).session_id
+        session_id = definition.session_id
+        if not session_id:
+            # Whoever is refused leaves nothing, and whoever repeats a message means the same session.
+            checks.check_id(definition.task_id, "task_id")
+            await self._acceptance.check_start(definition.agent_id, checks.start_arguments(definition.input)[1])
+            session_id = str(uuid.uuid5(_SESSIONS, definition.task_id))
+            await self.sessions.get_or_create(session_id)
         return await self.submit(
             definition.agent_id, definition.input, session_id=session_id, task_id=definition.task_id
         )

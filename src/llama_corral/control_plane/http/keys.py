@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, Final
+
 from ...exceptions import BadInput
 from ...protocol.messages import MAX_KEY, id_of_key, new_id
 from ...web import Request
+
+KEY_HEADER: Final[dict[str, Any]] = {"Idempotency-Key": {"type": "string", "minLength": 1, "maxLength": MAX_KEY}}
+"""What the OpenAPI document says of the header."""
 
 
 def task_id_of(request: Request, service_name: str, task_id: str | None) -> tuple[str, bool]:

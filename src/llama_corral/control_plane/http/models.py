@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...protocol.lifecycle import TaskStatus
 from ...protocol.messages import ErrorRecord, SessionDefinition, TaskDefinition
 from ...protocol.records import DeadLetter, SessionPolicy, SessionRecord, TaskRecord
+from ...web import ErrorBody
 from ..checks import MAX_TIMEOUT
 from ..options import MAX_ATTEMPTS, MAX_BACKOFF, MAX_DELAY, MAX_FACTOR, MAX_NAMES, TaskOptions, retry_policy
 
 Seconds = Annotated[float, Field(gt=0, le=MAX_TIMEOUT, allow_inf_nan=False)]
 Pause = Annotated[float, Field(ge=0, le=MAX_BACKOFF, allow_inf_nan=False)]
 PageSize = Annotated[int, Field(ge=1, le=10_000)]
+
+
+INDEX_SCHEMA: Final[dict[str, Any]] = {"type": "string", "pattern": "^[0-9]{1,18}$"}
+"""Of an event, as text: what `events.parse_cursor` takes."""
 
 
 class Strict(BaseModel):
@@ -94,7 +99,12 @@ class ResultQuery(Strict):
 
 
 class EventsQuery(Strict):
-    start: str | None = Field(None, alias="from", description="Index of the first event wanted; 0 if not given.")
+    start: str | None = Field(
+        None,
+        alias="from",
+        description="Index of the first event wanted; 0 if not given.",
+        json_schema_extra={"anyOf": [INDEX_SCHEMA, {"type": "null"}]},
+    )
 
 
 class RetryQuery(Strict):
@@ -127,6 +137,16 @@ class RunAnswer(BaseModel):
     session_id: str
     status: TaskStatus
     result: Any = None
+
+
+class RunRefusal(ErrorBody):
+    """Why a task that was accepted has no result, or none yet. `error` has the fields of an `ErrorRecord` too if the
+    task has ended."""
+
+    task_id: str
+    session_id: str
+    status: TaskStatus
+    result: None = None
 
 
 class CancelAnswer(BaseModel):

@@ -7,10 +7,10 @@ from typing import Any, Final
 
 from ...protocol.lifecycle import TaskStatus
 from ...protocol.records import Accepted, Terminal
-from ...web import Request, Response, Routes
+from ...web import ErrorBody, Request, Response, Routes
 from ..plane import ControlPlane
-from .keys import task_id_of
-from .models import RunAnswer, RunQuery
+from .keys import KEY_HEADER, task_id_of
+from .models import RunAnswer, RunQuery, RunRefusal
 
 FAILED: Final = 424
 """`Failed Dependency`: the request was right and was accepted; the workflow that it depends on raised. No 4xx of the door
@@ -30,7 +30,15 @@ class RunRoutes:
 
     def routes(self) -> list[Routes]:
         routes = Routes(tag="Services")
-        routes.add("POST", "/services/{service_name}/run", self.run_service, hot=True, returns=RunAnswer)
+        routes.add(
+            "POST",
+            "/services/{service_name}/run",
+            self.run_service,
+            hot=True,
+            returns=RunAnswer,
+            answers={202: RunAnswer, **dict.fromkeys((409, FAILED, 429, 503, 504), RunRefusal | ErrorBody)},
+            takes_headers=KEY_HEADER,
+        )
         return [routes]
 
     async def run_service(

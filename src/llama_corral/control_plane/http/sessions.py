@@ -9,7 +9,7 @@ from ...protocol.messages import SessionDefinition, TaskDefinition
 from ...protocol.records import TaskFilter
 from ...web import Request, Response, Routes
 from ..plane import ControlPlane
-from .keys import task_id_of
+from .keys import KEY_HEADER, task_id_of
 from .models import (
     NewSession,
     SessionOptions,
@@ -27,12 +27,20 @@ class SessionRoutes:
 
     def routes(self) -> list[Routes]:
         routes = Routes(tag="Sessions")
-        routes.add("POST", "/sessions/create", self.create_session, returns=str)
+        both: dict[str, Any] = {"returns": SessionDefinition, "answers": {201: SessionDefinition}}
+        routes.add("POST", "/sessions/create", self.create_session, returns=str, errors=(409,))
         routes.add("GET", "/sessions", self.get_all_sessions, returns=dict[str, SessionDefinition])
         routes.add("GET", "/sessions/{session_id}", self.get_session)
-        routes.add("PUT", "/sessions/{session_id}", self.get_or_create_session, returns=SessionDefinition)
+        routes.add("PUT", "/sessions/{session_id}", self.get_or_create_session, **both)
         routes.add("POST", "/sessions/{session_id}/delete", self.delete_session)
-        routes.add("POST", "/sessions/{session_id}/tasks", self.add_task_to_session, hot=True)
+        routes.add(
+            "POST",
+            "/sessions/{session_id}/tasks",
+            self.add_task_to_session,
+            hot=True,
+            errors=(409, 429),
+            takes_headers=KEY_HEADER,
+        )
         routes.add("GET", "/sessions/{session_id}/tasks", self.get_session_tasks, returns=list[TaskDefinition])
         routes.add("GET", "/sessions/{session_id}/current_task", self.get_current_task)
         routes.add("GET", "/sessions/{session_id}/state", self.get_session_state)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...events import NDJSON_CONTENT_TYPE, SSE_CONTENT_TYPE, NdjsonBody, SseBody, parse_cursor, task_result
 from ...exceptions import NotFound
 from ...protocol.messages import EventDefinition, TaskResult
@@ -9,6 +11,7 @@ from ...protocol.records import TaskFilter, TaskRecord
 from ...web import Request, Routes, Stream
 from ..plane import ControlPlane
 from .models import (
+    INDEX_SCHEMA,
     CancelAnswer,
     EventsQuery,
     ResultQuery,
@@ -31,19 +34,20 @@ class TaskRoutes:
 
     def routes(self) -> list[Routes]:
         sessions, tasks = Routes(tag="Sessions"), Routes(tag="Tasks")
+        sse: dict[str, Any] = {"media_type": SSE_CONTENT_TYPE, "takes_headers": {"Last-Event-ID": INDEX_SCHEMA}}
         sessions.add("GET", f"{BY_SESSION}/result", self.get_task_result, hot=True)
         sessions.add("GET", f"{BY_SESSION}/result_stream", self.get_task_result_stream, media_type=NDJSON_CONTENT_TYPE)
-        sessions.add("GET", f"{BY_SESSION}/events", self.get_session_task_events, media_type=SSE_CONTENT_TYPE)
-        sessions.add("POST", f"{BY_SESSION}/send_event", self.send_event)
-        sessions.add("POST", f"{BY_SESSION}/cancel", self.cancel_session_task, status=202)
-        sessions.add("POST", f"{BY_SESSION}/retry", self.retry_session_task, status=202)
-        tasks.add("GET", "/tasks", self.list_tasks)
+        sessions.add("GET", f"{BY_SESSION}/events", self.get_session_task_events, **sse)
+        sessions.add("POST", f"{BY_SESSION}/send_event", self.send_event, errors=(409,))
+        sessions.add("POST", f"{BY_SESSION}/cancel", self.cancel_session_task, status=202, errors=(409,))
+        sessions.add("POST", f"{BY_SESSION}/retry", self.retry_session_task, status=202, errors=(409,))
+        tasks.add("GET", "/tasks", self.list_tasks, errors=(404,))
         tasks.add("GET", BY_ID, self.get_task)
         tasks.add("GET", f"{BY_ID}/result", self.get_result, hot=True)
-        tasks.add("GET", f"{BY_ID}/events", self.get_task_events, media_type=SSE_CONTENT_TYPE)
-        tasks.add("POST", f"{BY_ID}/send_event", self.send_event_to_task)
-        tasks.add("POST", f"{BY_ID}/cancel", self.cancel_task, status=202)
-        tasks.add("POST", f"{BY_ID}/retry", self.retry_task, status=202)
+        tasks.add("GET", f"{BY_ID}/events", self.get_task_events, **sse)
+        tasks.add("POST", f"{BY_ID}/send_event", self.send_event_to_task, errors=(409,))
+        tasks.add("POST", f"{BY_ID}/cancel", self.cancel_task, status=202, errors=(409,))
+        tasks.add("POST", f"{BY_ID}/retry", self.retry_task, status=202, errors=(409,))
         return [sessions, tasks]
 
     # Below a session
