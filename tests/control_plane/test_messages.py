@@ -27,6 +27,11 @@ def completed(task_id: str, result: str = "done", **fields: Any) -> QueueMessage
     return QueueMessage(action=ActionTypes.COMPLETED_TASK, type="control_plane", data=data)
 
 
+def new_task(task_id: str, service_name: str) -> QueueMessage:
+    definition = TaskDefinition(input="{}", task_id=task_id, agent_id=service_name)
+    return QueueMessage(action=ActionTypes.NEW_TASK, type="control_plane", data=definition.model_dump())
+
+
 async def start(corral: Corral, **options: Any) -> str:
     """A task that a service of the original has taken out of its message."""
     await corral.plane.services.define(ServiceDefinition(service_name="old"))

@@ -333,10 +333,10 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         return record
 
     def _no_such_task(self, task_id: str) -> NotFound:
-        kept = self.config.retention
-        age = f", or ended more than {kept / 86_400:.3g} days ago" if kept else ""
-        hint = f"GET /tasks lists the tasks. It may have been deleted{age}."
-        return NotFound(f"There is no task {task_id!r}.", hint=hint, task_id=task_id)
+        hint = "GET /tasks lists the tasks. It may have been deleted"
+        if self.config.retention:
+            hint += f", or have ended more than {self.config.retention / 86_400:.3g} days ago"
+        return NotFound(f"There is no task {task_id!r}.", hint=f"{hint}.", task_id=task_id)
 
     async def list_tasks(self, which: TaskFilter) -> list[TaskRecord]:
         return await self._store.list_tasks(which)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -77,24 +78,29 @@ class Upkeep:
     async def alarm_forever(self) -> None:
         """Do what is due when it is due."""
         while True:
-            await self._effects.alarm.wait_due(self._now)
+            due = await self._effects.alarm.wait_due(self._now)
             try:
-                await self.look()
+                await self.look(due)
             except Unavailable as error:
                 logger.warning("could not look at what is due; the backstop will: %s", error)
             # Not oftener, however many moments there are.
             await anyio.sleep(ALARM_GAP)
 
-    async def look(self) -> None:
+    async def look(self, due: float = math.inf) -> None:
         """End what nobody holds and whose time is over, wake what waits for a timer, ticket what may start now; then set
-        the alarm for what comes next. Owners end their own tasks."""
+        the alarm for what comes next. Owners end their own tasks.
+
+        Args:
+            due: The moment that the alarm was set to. It may lie before the last look: clocks are set back.
+        """
         now = self._now()
         with anyio.CancelScope(shield=True):
             for answer in await self._store.expire(now):
                 self._effects.answered(answer, "timed_out")
             self._effects.tickets(await self._store.wake(now))
         if self._looked is not None:
-            self._effects.tickets(await self._store.due_tickets(limit=START_TICKETS, now=now, since=self._looked))
+            since = min(self._looked if self._looked <= now else 0.0, math.nextafter(due, 0.0))
+            self._effects.tickets(await self._store.due_tickets(limit=START_TICKETS, now=now, since=since))
         self._looked = now
         await self._expire_messages_only()
         self._effects.alarm.add(await self._store.next_due(now))
