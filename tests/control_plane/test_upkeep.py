@@ -40,6 +40,34 @@ async def test_the_next_process_takes_over_at_once(tmp_path: Path) -> None:
         assert found == {running.task_id: 2, queued.task_id: 1}
 
 
+@pytest.mark.promise("P2", "P8")
+async def test_workers_live_on_when_their_control_plane_is_restarted(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/corral.db"
+    async with open_corral(url) as corral:
+        worker = await corral.service(register=False)
+        worker.instance_id = "far"
+        claim = await corral.elsewhere("svc", worker)
+    async with open_corral(url) as corral:
+        held = HeldTask(claim.task_id, claim.epoch)
+        answer = await corral.plane.heartbeat("far", [held])
+        assert (answer.known, answer.fenced) == (True, ())
+        worker.plane = corral.plane
+        assert (await worker.complete(claim)).status == "ok"
+        assert (await corral.plane.get_task(claim.task_id)).attempts == 0
+
+
+@pytest.mark.promise("P2")
+async def test_a_worker_that_died_with_its_control_plane_is_judged_by_its_lease(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/corral.db"
+    async with open_corral(url) as corral:
+        worker = await corral.service(register=False)
+        worker.instance_id = "far"
+        claim = await corral.elsewhere("svc", worker)
+    async with open_corral(url, lease=0.1) as corral:
+        assert (await corral.plane.get_task(claim.task_id)).owner == "far"
+        assert (await corral.message("svc")).data["task_id"] == claim.task_id
+
+
 @pytest.mark.promise("P2")
 async def test_a_store_shared_with_others_is_not_taken_over(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/corral.db"

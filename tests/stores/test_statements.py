@@ -63,6 +63,8 @@ def test_no_statement_walks_over_a_table_or_sorts_one() -> None:
         ("session_tasks", "corral_tasks_session"),
         ("count_open", "COVERING INDEX corral_tasks_status_service"),
         ("due_tickets", "corral_tasks_status "),
+        ("due_of_service", "corral_tasks_status_service "),
+        ("due_since", "corral_tasks_start "),
     ],
 )
 def test_each_question_has_its_index(name: str, index: str) -> None:
