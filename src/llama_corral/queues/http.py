@@ -215,6 +215,7 @@ class _Leased(ABC):
         self._settling = anyio.Lock()
         self._receiving = anyio.Lock()
         self._polling = False
+        self._left = False
 
     @abstractmethod
     async def open(self, patience: float) -> None:
@@ -236,8 +237,14 @@ class _Leased(ABC):
 
     def end(self) -> calls.SettleCall | None:
         """Use the lease no more. What is to be said to the server at the end; None if it has nothing of ours."""
+        self._left = True
         lease, self._lease = self._lease, None
         return None if lease is None else calls.SettleCall(lease.lease_id, tuple(self._acked), tuple(self._nacked))
+
+    def _check_open(self) -> None:
+        self._queue.check_open()
+        if self._left:
+            raise QueueUnavailable(f"The block that received from {self.topic!r} was left", topic=self.topic)
 
     async def _open(self, path: str, call: calls.OpenCall, patience: float) -> None:
         self._lease = await self._queue.ask(path, call, _LEASE, patience=patience)
@@ -322,7 +329,7 @@ class HttpConsumer(_Leased, Consumer):
             raise ValueError(f"max_messages must be at least 1, got {max_messages}")
         async with self._receiving:
             while True:
-                self._queue.check_open()
+                self._check_open()
                 if self._abandoned is not None:
                     await self._settle()
                 if self._lease is None:
@@ -359,7 +366,7 @@ class HttpSubscription(_Leased, Subscription):
     async def receive(self) -> QueueMessage:
         async with self._receiving:
             while not self._heard:
-                self._queue.check_open()
+                self._check_open()
                 if self._lease is None:
                     raise QueueUnavailable(
                         f"The server has forgotten the subscription to {self.topic!r}",
