@@ -192,11 +192,15 @@ async def test_a_stopping_server_leaves_lines_visibly_incomplete() -> None:
         await service.report(claim, {"n": 0}, {"n": 1})
         path = f"/sessions/{ids['session_id']}/tasks/{ids['task_id']}/result_stream"
         lines: list[str] = []
-        with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):
+
+        async def read() -> None:
             async with web.client.stream("GET", path) as response:
                 async for line in response.aiter_lines():
                     lines.append(line)
                     web.stop.set()
+
+        with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):
+            await read()
         assert lines == ['{"n": 0}', '{"n": 1}']
         page = await web.plane.read_events(ids["task_id"])
         assert not page.record.status.is_terminal
