@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import pytest
 
+from llama_corral.control_plane import upkeep
 from llama_corral.control_plane.alarm import Alarm
 from llama_corral.control_plane.leases import Leases
 from llama_corral.exceptions import Conflict
@@ -38,6 +39,27 @@ async def test_the_next_process_takes_over_at_once(tmp_path: Path) -> None:
         claims = [await service.take_ticket(corral.queue), await service.take_ticket(corral.queue)]
         found = {claim.task_id: claim.attempt for claim in claims if claim is not None}
         assert found == {running.task_id: 2, queued.task_id: 1}
+
+
+@pytest.mark.promise("P2", "P12")
+async def test_a_long_queue_is_published_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "PORTION", 3)
+    monkeypatch.setattr(upkeep, "BACKLOG_INTERVAL", 0.01)
+    url = f"sqlite:///{tmp_path}/corral.db"
+    async with open_corral(url) as corral:
+        await corral.service()
+        accepted = [(await corral.plane.submit("svc", {})).task_id for _ in range(10)]
+    async with open_corral(url) as corral:
+        await anyio.wait_all_tasks_blocked()
+        assert corral.queue.statistics()["topics"]["test.svc"] == 3
+        service = await corral.service()
+        done = []
+        while len(done) < 10:
+            claim = await service.take_ticket(corral.queue)
+            if claim is not None:
+                await service.complete(claim)
+                done.append(claim.task_id)
+        assert done == accepted
 
 
 @pytest.mark.promise("P2", "P8")
