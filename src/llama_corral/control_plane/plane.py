@@ -75,8 +75,8 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
     Args:
         store: Open, and stays open longer than the block. So does `queue`.
         config: Names and times; read from the environment if not given.
-        alone: No other process uses the store (an embedded one with an exclusive lock). Then every instance stored at
-            the start is dead, and what it held is queued again at once; else that takes a lease.
+        alone: No other control plane uses the store (an embedded one with an exclusive lock). Then every embedded instance
+            stored at the start is dead, and what it held is queued again at once. Workers are judged by their lease.
         now: The wall clock.
 
     Attributes:
