@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,10 +32,11 @@ PeerStore = Literal["memory", "sqlite"]
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that answers."""
+    """A server that answers. `store`: the file of its store, where that is an SQLite file."""
 
     url: str
     process: psutil.Process
+    store: Path | None = None
 
     @property
     def pid(self) -> int:
@@ -52,14 +53,15 @@ class Server:
 
 
 @contextmanager
-def open_corral(*targets: str, flavour: Flavour, cap: int) -> Iterator[Server]:
-    """`corral serve` of the targets on a fresh store on disk."""
+def open_corral(*targets: str, flavour: Flavour, cap: int, options: Sequence[str] = ()) -> Iterator[Server]:
+    """`corral serve` of the targets on a fresh store on disk, with more options of the command line."""
     with tempfile.TemporaryDirectory(prefix="corral-bench-") as folder:
         command = [sys.executable, "-m", "llama_corral.cli", "serve", *targets, "--port", "0"]
-        command += ["--store", f"sqlite:///{Path(folder, 'corral.db').as_posix()}"]
+        store = Path(folder, "corral.db")
+        command += ["--store", f"sqlite:///{store.as_posix()}", *options]
         command += ["--step-flavour", flavour, "--max-concurrent-tasks", str(cap), "--log-level", "warning"]
         with _open_server(command, Path(folder), health="/ready") as server:
-            yield server
+            yield replace(server, store=store)
 
 
 def peer_python() -> Path:

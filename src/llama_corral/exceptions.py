@@ -79,6 +79,12 @@ class Unauthorized(UsageError):
     code = "unauthorized"
 
 
+class Incompatible(UsageError):
+    """The two sides have no version of the protocol in common: upgrade the older one. The hint says which that is."""
+
+    code = "incompatible"
+
+
 class Unavailable(CorralError):
     """Try again later: nothing is wrong with the request, and nothing of it was done."""
 

@@ -11,14 +11,14 @@ from workflows.events import HumanResponseEvent
 
 from llama_corral import exceptions
 from llama_corral.client import sse
-from llama_corral.client.errors import from_answer
 from llama_corral.client.http import delay_of
 from llama_corral.client.outgoing import event_text, start_arguments
 from llama_corral.client.shielding import finish
 from llama_corral.client.sse import Frame, SseParser
 from llama_corral.client.tasks import outcome
-from llama_corral.client.urls import check_url, path_of
 from llama_corral.exceptions import BadInput, TaskFailed, TooLarge, Unavailable
+from llama_corral.http_answers import from_answer
+from llama_corral.http_urls import check_url, path_of
 from llama_corral.protocol.messages import ErrorRecord, TaskResult
 
 STREAM = (

@@ -344,7 +344,7 @@ async def test_the_document_describes_the_routes(make_app, running):
         ("wait", "query"),
     ]
     assert post["requestBody"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Item"}
-    assert post["responses"]["default"]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorBody")
+    assert post["responses"]["422"]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorBody")
     listed = document["paths"]["/items"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     assert listed["items"] == {"$ref": "#/components/schemas/Item"}
     assert document["paths"]["/health"]["get"]["security"] == []

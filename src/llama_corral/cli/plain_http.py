@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlencode
 
-from ..client.errors import from_answer, no_answer, not_ours
-from ..client.urls import authorization, check_url, is_loopback
+from ..http_answers import from_answer, no_answer, not_ours
+from ..http_urls import authorization, check_url, is_loopback
 
 TIMEOUT: Final = 30.0
 
@@ -39,8 +39,8 @@ class Server:
         """
         return self._ask("GET", path, params)
 
-    def post(self, path: str, body: Any = None) -> Any:
-        return self._ask("POST", path, {}, body)
+    def post(self, path: str, body: Any = None, **params: Any) -> Any:
+        return self._ask("POST", path, params, body)
 
     def _ask(self, method: str, path: str, params: Mapping[str, Any], body: Any = None) -> Any:
         url = check_url(self.url)

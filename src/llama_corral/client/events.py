@@ -12,11 +12,11 @@ from anyio.lowlevel import checkpoint
 from pydantic import ValidationError
 
 from ..exceptions import Draining, Unavailable
+from ..http_answers import from_shape, no_answer, not_ours
+from ..http_urls import path_of
 from ..protocol.messages import TaskResult
-from .errors import from_shape, no_answer, not_ours
 from .http import Http, Patience, StreamBody
 from .sse import Frame, SseParser
-from .urls import path_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
+from ..http_answers import not_ours
+from ..http_urls import path_of
 from ..protocol.messages import ServiceDefinition as Service
-from .errors import not_ours
 from .http import Http
-from .urls import path_of
 
 __all__ = ["Service", "Services"]
 

@@ -24,7 +24,7 @@ def service_routes(service: WorkflowService) -> Routes:
         """What the service is and how many calls it has in hand."""
         return await service.home()
 
-    @routes.post("/process_message")
+    @routes.post("/process_message", errors=(404, 409, 429))
     async def process_message(body: QueueMessage) -> None:
         """Take a new task or an event for a running one."""
         await service.process_message(body)

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 import anyio.abc
-import httpx
 from pydantic import SecretStr
+from pydantic_core import from_json, to_json
 
 from ..abc import MessageQueue
-from ..exceptions import BadInput, NotFound, Unauthorized, Unavailable
+from ..exceptions import BadInput, NotFound
+from ..http_link import HttpLink
+from ..http_urls import path_of
 from ..protocol import topics
 from ..protocol.messages import QueueMessage, ServiceDefinition
 from ..queues.consumers import BaseMessageQueueConsumer, StartConsumingCallable, register_consumer
-
-CONTROL_PLANE_TIMEOUT = 30.0
-"""Seconds that one request to the control plane may take."""
 
 
 class BaseService(ABC):
@@ -92,14 +89,14 @@ class BaseService(ABC):
             BadInput, Unauthorized: it refused.
         """
         self._control_plane_url = control_plane_url.rstrip("/")
-        answer = await self._ask("POST", "/services/register", json=self.service_definition.model_dump())
+        answer = await self._ask("POST", "/services/register", body=self.service_definition.model_dump())
         self._topic_namespace = str((answer or {}).get("topic_namespace") or self._topic_namespace)
 
     async def deregister_from_control_plane(self) -> None:
         """Take the service off the control plane's list. Raises as `register_to_control_plane` does."""
         if not self._control_plane_url:
             raise BadInput("the service is not registered", hint="call register_to_control_plane(url) first")
-        await self._ask("POST", "/services/deregister", params={"service_name": self.service_name})
+        await self._ask("POST", "/services/deregister", service_name=self.service_name)
 
     async def get_session_state(self, session_id: str) -> dict[str, Any] | None:
         """The user's state of a session; None if there is no such session, or no control plane was given.
@@ -110,7 +107,7 @@ class BaseService(ABC):
         if not self._control_plane_url:
             return None
         try:
-            state = await self._ask("GET", f"/sessions/{session_id}/state")
+            state = await self._ask("GET", path_of("sessions", session_id, "state"))
         except NotFound:
             return None
         return dict(state or {})
@@ -118,35 +115,13 @@ class BaseService(ABC):
     async def update_session_state(self, session_id: str, state: dict[str, Any]) -> None:
         """Update keys of a session's user state: those that are given, and no others."""
         if self._control_plane_url:
-            await self._ask("POST", f"/sessions/{session_id}/state", json=state)
+            await self._ask("POST", path_of("sessions", session_id, "state"), body=state)
 
-    async def _ask(self, method: str, path: str, **request: Any) -> Any:
-        async with self._open_client() as client:
-            try:
-                response = await client.request(method, path, **request)
-            except httpx.TransportError as exc:
-                raise Unavailable(f"the control plane at {self._control_plane_url} cannot be reached: {exc}") from exc
-        if response.status_code == 404:
-            raise NotFound(f"the control plane does not know {path}")
-        if response.status_code in (401, 403):
-            raise Unauthorized("the control plane refused the token", hint="give the service the control plane's token")
-        if response.status_code >= 500:
-            raise Unavailable(f"the control plane answered {response.status_code} to {method} {path}")
-        if response.status_code >= 400:
-            raise BadInput(f"the control plane refused {method} {path}: {response.text[:200]}")
-        try:
-            return response.json() if response.content else None
-        except ValueError as exc:
-            raise Unavailable(f"{self._control_plane_url} does not answer as a control plane: {exc}") from exc
-
-    @asynccontextmanager
-    async def _open_client(self) -> AsyncIterator[httpx.AsyncClient]:
-        # One client a call: these calls are rare (start, stop, user state). What tasks need goes through the coordinator.
-        headers = {"Authorization": f"Bearer {self._token.get_secret_value()}"} if self._token else {}
-        async with httpx.AsyncClient(
-            base_url=self._control_plane_url or "", headers=headers, timeout=CONTROL_PLANE_TIMEOUT
-        ) as client:
-            yield client
+    async def _ask(self, method: str, path: str, *, body: Any = None, **params: str) -> Any:
+        # A link a call: these calls are rare (start, stop, user state). What tasks need goes through the coordinator.
+        async with HttpLink(self._control_plane_url or "", self._token) as link:
+            content = None if body is None else to_json(body)
+            return await link.ask(method, path, from_json, body=content, params=params or None)
 
     # The message queue
 

@@ -39,7 +39,7 @@ LINGER = 2.0
 reset, and the client would lose the answer that tells it what was wrong."""
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
-_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}", re.ASCII)
 _CORS_HEADERS = "authorization, content-type, last-event-id, x-request-id"
 
@@ -74,6 +74,9 @@ class Door:
         elif request.path not in OPEN_PATHS:
             self._check_token(self.token, request)
         length = request.headers.get("content-length", "")
+        if length and "transfer-encoding" in request.headers:
+            # A proxy may believe the other one, and take for a request what we take for a body.
+            raise Malformed("both Content-Length and Transfer-Encoding are given", hint="send one of them")
         if length.isdecimal() and int(length) > self.app.settings.body_limit:
             raise self.too_large()
 
@@ -117,7 +120,7 @@ class Door:
     def _check_origin(self, request: Request) -> None:
         # Without a token the network position is the only protection, and a page in the user's browser shares it.
         origin = request.headers.get("origin")
-        if origin is None or request.method in _SAFE_METHODS or {"*", origin} & self.origins:
+        if origin is None or request.method in SAFE_METHODS or {"*", origin} & self.origins:
             return
         if urlsplit(origin).netloc != request.headers.get("host"):
             raise ForeignOrigin(

@@ -6,13 +6,14 @@ import inspect
 import json
 from collections.abc import Iterable
 from html import escape
+from http import HTTPStatus
 from typing import Any, Protocol
 
 from pydantic import TypeAdapter
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic.json_schema import JsonSchemaMode
 
-from .door import OPEN_PATHS
+from .door import OPEN_PATHS, SAFE_METHODS
 from .errors import ErrorBody
 from .messages import Response
 from .routes import Route
@@ -33,7 +34,7 @@ def describe(about: Titled, routes: Iterable[Route], *, secured: bool) -> Schema
     schemas = _Schemas(shown)
     paths: dict[str, Schema] = {}
     for route in shown:
-        operation = _operation(route, schemas)
+        operation = _operation(route, schemas, secured=secured)
         if secured and route.path in OPEN_PATHS:
             operation["security"] = []
         paths.setdefault(route.path, {})[route.method.lower()] = operation
@@ -67,6 +68,8 @@ class _Schemas:
             answer = _answer_type(route)
             if answer is not None:
                 inputs.append((f"{key} answer", "serialization", answer))
+            for status, kind in route.options.answers.items():
+                inputs.append((f"{key} {status}", "serialization", TypeAdapter(kind)))
         found, shared = TypeAdapter.json_schemas(inputs, ref_template="#/components/schemas/{model}")
         self._found = {key: schema for (key, _), schema in found.items()}
         self.definitions: Schema = shared.get("$defs", {})
@@ -80,18 +83,19 @@ class _Schemas:
         return found
 
 
-def _operation(route: Route, schemas: _Schemas) -> Schema:
+def _operation(route: Route, schemas: _Schemas, *, secured: bool) -> Schema:
     key = _key(route)
     text = inspect.getdoc(route.handler) or ""
     summary, _, description = text.partition("\n\n")
     operation: Schema = {
         "operationId": route.name.strip("_"),
         "summary": " ".join(summary.split()),
-        "parameters": [*_path_parameters(route, schemas), *_query_parameters(route, schemas)],
-        "responses": {
-            str(route.options.status): _success(route, schemas),
-            "default": {"description": "Error", "content": {"application/json": {"schema": schemas.get("error")}}},
-        },
+        "parameters": [
+            *_path_parameters(route, schemas),
+            *_query_parameters(route, schemas),
+            *_header_parameters(route),
+        ],
+        "responses": _responses(route, schemas, secured=secured),
     }
     if description:
         operation["description"] = description
@@ -124,6 +128,43 @@ def _query_parameters(route: Route, schemas: _Schemas) -> list[Schema]:
             parameter["description"] = schema["description"]
         found.append(parameter)
     return found
+
+
+def _header_parameters(route: Route) -> list[Schema]:
+    return [
+        {"name": name, "in": "header", "required": False, "schema": dict(schema)}
+        for name, schema in route.options.takes_headers.items()
+    ]
+
+
+def _responses(route: Route, schemas: _Schemas, *, secured: bool) -> Schema:
+    found = {route.options.status: _success(route, schemas)}
+    for status in route.options.answers:
+        found[status] = _response(status, schemas.get(f"{_key(route)} {status}"))
+    for status in _error_statuses(route, secured=secured):
+        found.setdefault(status, _response(status, schemas.get("error")))
+    return {str(status): found[status] for status in sorted(found)}
+
+
+def _error_statuses(route: Route, *, secured: bool) -> set[int]:
+    found = {400, 503, *route.options.errors}
+    if route.path == "/health":
+        found = {400}
+    if secured and route.path not in OPEN_PATHS:
+        found.add(401)
+    if not secured and route.method not in SAFE_METHODS:
+        found.add(403)
+    if "{" in route.path:
+        found.add(404)
+    if route.body is not None:
+        found |= {408, 413, 415, 422}
+    if route.query is not None or route.options.takes_headers:
+        found.add(422)
+    return found
+
+
+def _response(status: int, schema: Schema) -> Schema:
+    return {"description": HTTPStatus(status).phrase, "content": {"application/json": {"schema": schema}}}
 
 
 def _success(route: Route, schemas: _Schemas) -> Schema:
@@ -194,7 +235,7 @@ def _render_operation(method: str, path: str, operation: Schema) -> str:
     if "requestBody" in operation:
         parts.append(f"<details><summary>Body</summary>{_render_content(operation['requestBody'])}</details>")
     for status, response in operation["responses"].items():
-        if status != "default" and "content" in response:
+        if int(status) < 300 and "content" in response:
             parts.append(f"<details><summary>Answer {status}</summary>{_render_content(response)}</details>")
     return "".join([*parts, "</section>"])
 

@@ -18,7 +18,7 @@ import re
 import types
 import typing
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -45,6 +45,10 @@ class RouteOptions:
         detached: The handler goes on when the client goes away (it still ends when the server does).
         returns: What the answer looks like, for the OpenAPI document, where the return annotation does not say it.
         media_type: Type of the answer in the document.
+        answers: Further answers of the handler for the document: status to what their JSON looks like.
+        errors: Statuses of the errors that the handler raises, for the document. What the door, the validation and a
+            missing part of the path raise is there already, and so is 503.
+        takes_headers: Request headers that mean something to the handler, for the document: name to JSON schema.
         tag: Heading in the document.
         hidden: Leave the route out of the document.
     """
@@ -54,6 +58,9 @@ class RouteOptions:
     detached: bool = False
     returns: Any = None
     media_type: str = "application/json"
+    answers: Mapping[int, Any] = field(default_factory=dict)
+    errors: tuple[int, ...] = ()
+    takes_headers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tag: str | None = None
     hidden: bool = False
 
@@ -154,7 +161,8 @@ class Route:
             return self.body_default
         check_json(request)
         try:
-            return adapter.validate_json(body)
+            # Strict: the document says integer, so true and "1" are mistakes of the sender, not numbers.
+            return adapter.validate_json(body, strict=True)
         except ValidationError as error:
             raise invalid(error, "body") from error
 

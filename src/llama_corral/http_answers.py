@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
-from .. import exceptions as exc
+from . import exceptions as exc
 
 _NOTHING_DONE: Final = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS)
 
 _BY_STATUS: Final[dict[int, type[exc.CorralError]]] = {
     400: exc.UsageError,
     401: exc.Unauthorized,
+    403: exc.Unauthorized,
     404: exc.NotFound,
     408: exc.TooSlow,
     409: exc.Conflict,

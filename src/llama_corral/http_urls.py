@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
 
-from ..exceptions import BadInput
+from .exceptions import BadInput
 
 
 def check_url(url: str) -> str:
