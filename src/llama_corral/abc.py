@@ -352,12 +352,25 @@ class Store(ABC):
         nothing."""
 
     @abstractmethod
-    async def due_tickets(self, *, limit: int = 1000, now: float | None = None) -> list[Ticket]:
-        """Queued tasks, oldest first: what start-up and the backstop publish (again). With `now`, those whose
-        `not_before` lies ahead are left out; a claim of them finds nothing until then."""
+    async def due_tickets(
+        self,
+        *,
+        limit: int = 1000,
+        now: float | None = None,
+        since: float | None = None,
+        service_name: str | None = None,
+    ) -> list[Ticket]:
+        """Queued tasks, oldest first: what start-up and the backstop publish (again).
+
+        Args:
+            now: Leave out those whose `not_before` lies ahead; a claim of them finds nothing until then.
+            since: Beside `now`: only those whose `not_before` came after this moment, first what came first.
+            service_name: Beside `now`: only tasks of this service.
+        """
 
     # Replay, timers, upkeep
 
+    @abstractmethod
     async def retry(self, task_id: str, now: float, *, fresh: bool = False) -> Accepted:
         """A new task that does again what an ended task did not complete: same service, session, input and policies, and
         `retry_of`. Its id follows from the old one, so the same call twice is one task. It goes on from the checkpoint
@@ -368,37 +381,36 @@ class Store(ABC):
             NotFound, Conflict: no such task; it is open, or completed (field `status`); its session is gone, or busy with
                 the policy `reject`.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     async def wake(self, now: float) -> list[Ticket]:
         """Queue the waiting tasks without an owner whose `wake_at` has come."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def next_due(self, now: float) -> float | None:
         """The next moment at which `expire`, `wake` or a claim of a task with a `not_before` after `now` can do something
         that they can not do now; None if there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def reclaim(self, instance_id: str, strays: Sequence[HeldTask], now: float) -> list[Ticket]:
         """As `reap`, for single tasks that a live instance owns in these epochs and does not hold."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def purge(self, before: float, *, limit: int = 500) -> int:
         """Remove up to `limit` tasks that ended before that time, with all that belongs to them, and dead letters of that
         age. Answers how many rows of both went; fewer than `limit`: nothing is left to remove."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def count_queued(self, service_name: str) -> int:
         """Tasks of a service that wait to be claimed: queued and held."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def put_dead_letter(self, letter: DeadLetter) -> None:
         """Keep a message that nobody can use; `letter.no` is given by the store. Of very many, the oldest go."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def list_dead_letters(self, *, before: int | None = None, limit: int = 100) -> list[DeadLetter]:
         """Newest first, from the one before number `before` on."""
-        raise NotImplementedError
 
     # Reading
 

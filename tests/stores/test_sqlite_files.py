@@ -18,6 +18,7 @@ from llama_corral.protocol.lifecycle import TaskStatus
 from llama_corral.protocol.records import NewTask
 from llama_corral.stores import SqlStore, open_store, schema, tables
 
+NOW = tables.SCHEMA_VERSION
 pytestmark = pytest.mark.anyio
 
 
@@ -84,24 +85,24 @@ async def test_a_file_of_somebody_else_is_refused_and_not_touched(tmp_path: Path
 
 async def test_a_newer_schema_is_refused(url: str, monkeypatch) -> None:
     with monkeypatch.context() as newer:
-        newer.setattr(tables, "SCHEMA_VERSION", 2)
+        newer.setattr(tables, "SCHEMA_VERSION", NOW + 1)
         async with SqlStore(url):
             pass
     error = await refusal(url)
-    assert (error.fields["found"], error.fields["known"]) == (2, 1)
+    assert (error.fields["found"], error.fields["known"]) == (NOW + 1, NOW)
     assert error.hint
 
 
 async def test_an_older_schema_is_led_forward(url: str, monkeypatch) -> None:
     async with SqlStore(url) as store:
         await store.accept(NewTask("t", "svc", "{}", 1.0))
-    monkeypatch.setattr(tables, "SCHEMA_VERSION", 3)
-    steps = {1: ("CREATE TABLE corral_new (x TEXT)",), 2: ("INSERT INTO corral_new VALUES ('moved')",)}
+    monkeypatch.setattr(tables, "SCHEMA_VERSION", NOW + 2)
+    steps = {NOW: ("CREATE TABLE corral_new (x TEXT)",), NOW + 1: ("INSERT INTO corral_new VALUES ('moved')",)}
     monkeypatch.setattr(schema, "MIGRATIONS", steps)
     for _ in range(2):
         async with SqlStore(url) as store:
             assert await store._read(lambda tx: tx.all("SELECT x FROM corral_new", {})) == [("moved",)]
-            assert await store._read(lambda tx: tx.one(tx.sql.get_meta, {"key": "schema_version"})) == ("3",)
+            assert await store._read(lambda tx: tx.one(tx.sql.get_meta, {"key": "schema_version"})) == (str(NOW + 2),)
             assert await store.get_task("t") is not None
 
 
@@ -109,9 +110,9 @@ async def test_a_migration_that_fails_changes_nothing(url: str, monkeypatch) -> 
     async with SqlStore(url):
         pass
     with monkeypatch.context() as newer:
-        newer.setattr(tables, "SCHEMA_VERSION", 2)
+        newer.setattr(tables, "SCHEMA_VERSION", NOW + 1)
         assert "no migration" in str(await refusal(url))
-        newer.setattr(schema, "MIGRATIONS", {1: ("CREATE TABLE corral_new (x TEXT)", "not SQL")})
+        newer.setattr(schema, "MIGRATIONS", {NOW: ("CREATE TABLE corral_new (x TEXT)", "not SQL")})
         assert await refusal(url)
     async with SqlStore(url) as store:
         assert await store._read(lambda tx: tx.all("SELECT 1 FROM sqlite_master WHERE name = 'corral_new'", {})) == []

@@ -165,7 +165,7 @@ async def test_a_claim_brings_what_the_run_starts_from(driver) -> None:
     await driver.store.release("t", 1, None, 3.0)
     claim = await driver.claim("t", by="j")
     assert (claim.epoch, claim.attempt, claim.next_index, claim.session_id) == (2, 1, 2, "s")
-    assert claim.checkpoint == Checkpoint("snap", 2, "f")
+    assert claim.checkpoint == Checkpoint("snap", 2, "f", event_count=2)
     assert [(event.seq, event.payload) for event in claim.inbox] == [(3, "e2")]
     assert (claim.context.version, claim.context.payload, claim.context.fingerprint) == (1, '{"x":1}', "f")
     assert await driver.claim("t", by="j") == claim

@@ -129,8 +129,7 @@ class MessageReports:
     async def _end(self, task_id: str, epoch: int, terminal: Terminal) -> None:
         with anyio.CancelScope(shield=True):
             answer = await self._store.report(Report(task_id, epoch, seq=LAST_SEQ, now=self._now(), terminal=terminal))
-        self._effects.tickets(answer.tickets)
-        self._effects.changed(task_id)
+            self._effects.ended(task_id, terminal, answer)
         self._progress.pop(task_id, None)
 
 

@@ -40,7 +40,7 @@ class Trigger(StrEnum):
     IDLE = "idle"  # the run waits for an outside event or a timer
     BUSY = "busy"  # the run works again
     RELEASE = "release"  # handed back at drain: to be claimed again
-    REQUEUE = "requeue"  # its owner is lost, or an event came for a waiting task without an owner
+    REQUEUE = "requeue"  # its owner is lost, it is tried again, or what a waiting task without an owner waits for came
     COMPLETE = "complete"
     FAIL = "fail"
     CANCEL = "cancel"

@@ -86,7 +86,10 @@ class RetryPolicy:
 
     def delay(self, failures: int) -> float:
         """Seconds to wait after this many failures in a row (from 1)."""
-        return min(self.max_backoff, self.backoff * self.factor ** min(failures - 1, 1000))
+        try:
+            return min(self.max_backoff, self.backoff * self.factor ** (failures - 1))
+        except OverflowError:
+            return self.max_backoff
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Final
 from ..exceptions import NotFound
 from ..protocol.lifecycle import TaskStatus
 from ..protocol.records import (
+    DeadLetter,
     EventPage,
     InboxPage,
     InstanceRecord,
@@ -23,7 +24,7 @@ from .rows import TaskState, inbox_events, session_record, task_record
 from .transaction import Transaction
 
 NEWEST: Final = sys.maxsize
-"""Above every number of a task: where the first page of a list starts."""
+"""Above every number of a task or a dead letter: where the first page of a list starts."""
 
 
 def get_service(tx: Transaction, service_name: str) -> ServiceRecord | None:
@@ -36,7 +37,10 @@ def list_services(tx: Transaction) -> list[ServiceRecord]:
 
 
 def list_instances(tx: Transaction) -> list[InstanceRecord]:
-    return [InstanceRecord(*row) for row in tx.all(tx.sql.list_instances, {})]
+    return [
+        InstanceRecord(instance_id, service_name, capacity, started_at, heartbeat, bool(embedded))
+        for instance_id, service_name, capacity, started_at, heartbeat, embedded in tx.all(tx.sql.list_instances, {})
+    ]
 
 
 def get_session(tx: Transaction, session_id: str) -> SessionRecord | None:
@@ -75,12 +79,34 @@ def pull(tx: Transaction, task_id: str, epoch: int, after: int) -> InboxPage:
     return InboxPage("ok", events, state.inbox_head, bool(state.cancel_requested))
 
 
-def due_tickets(tx: Transaction, now: float | None, limit: int) -> list[Ticket]:
+def due_tickets(
+    tx: Transaction, now: float | None, since: float | None, service_name: str | None, limit: int
+) -> list[Ticket]:
     if now is None:
         rows = tx.all(tx.sql.queued_tickets, {"limit": limit})
+    elif since is not None:
+        rows = tx.all(tx.sql.due_since, {"limit": limit, "now": now, "since": since})
+    elif service_name is not None:
+        rows = tx.all(tx.sql.due_of_service, {"limit": limit, "now": now, "service_name": service_name})
     else:
         rows = tx.all(tx.sql.due_tickets, {"limit": limit, "now": now})
     return [Ticket(*row) for row in rows]
+
+
+def next_due(tx: Transaction, now: float) -> float | None:
+    questions = (*tx.sql.next_deadline.values(), tx.sql.next_wake, tx.sql.next_start)
+    answers = (row[0] for text in questions for row in tx.all(text, {"now": now}))
+    return min((float(due) for due in answers if due is not None), default=None)
+
+
+def count_queued(tx: Transaction, service_name: str) -> int:
+    row = tx.one(tx.sql.count_queued, {"service_name": service_name})
+    assert row is not None
+    return int(row[0])
+
+
+def list_dead_letters(tx: Transaction, before: int, limit: int) -> list[DeadLetter]:
+    return [DeadLetter(*row) for row in tx.all(tx.sql.list_dead_letters, {"before": before, "limit": limit})]
 
 
 def count_tasks(tx: Transaction) -> Mapping[str, Mapping[str, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import NamedTuple
 
 from ..protocol.lifecycle import TaskStatus
@@ -10,12 +12,14 @@ from ..protocol.records import (
     Checkpoint,
     Claim,
     InboxEvent,
+    RetryPolicy,
     SendAnswer,
     SessionRecord,
     StoredContext,
     TaskRecord,
     Ticket,
 )
+from . import seals
 from .transaction import Row, Transaction
 
 
@@ -37,6 +41,9 @@ class TaskState(NamedTuple):
     cancel_requested: int
     attempts: int
     max_attempts: int
+    deadline: float | None
+    not_before: float | None
+    retry: str | None
 
     @property
     def is_ended(self) -> bool:
@@ -64,8 +71,8 @@ def task_record(row: Row) -> TaskRecord:
     (
         task_id, session_id, implicit_session, service_name, status, input_, epoch, attempts, owner, cancel_requested,
         created_at, started_at, finished_at, deadline, result, result_text, error, event_count, context_saved,
-        context_error,
-    ) = row[:20]  # fmt: skip
+        context_error, max_attempts, not_before, retry_of,
+    ) = row[:23]  # fmt: skip
     return TaskRecord(
         task_id=task_id,
         session_id=session_id,
@@ -87,12 +94,69 @@ def task_record(row: Row) -> TaskRecord:
         event_count=event_count,
         context_saved=None if context_saved is None else bool(context_saved),
         context_error=context_error,
+        max_attempts=max_attempts,
+        not_before=not_before,
+        retry_of=retry_of,
     )
 
 
-def stored_context(tx: Transaction, session_id: str, service_name: str) -> StoredContext | None:
+def retry_text(policy: RetryPolicy | None) -> str | None:
+    return None if policy is None else json.dumps(dataclasses.asdict(policy), ensure_ascii=False, separators=(",", ":"))
+
+
+def retry_policy(text: str | None) -> RetryPolicy | None:
+    if text is None:
+        return None
+    values = json.loads(text)
+    errors = values["errors"]
+    return RetryPolicy(
+        errors=None if errors is None else tuple(errors),
+        backoff=values["backoff"],
+        factor=values["factor"],
+        max_backoff=values["max_backoff"],
+    )
+
+
+def stored_context(tx: Transaction, session_id: str, service_name: str) -> tuple[StoredContext | None, str | None]:
+    """The context, or None and why it was refused; two times None where there is none."""
     row = tx.one(tx.sql.get_context, {"session_id": session_id, "service_name": service_name})
-    return None if row is None else StoredContext(*row)
+    if row is None:
+        return None, None
+    *values, seal = row
+    context = StoredContext(*values)
+    refused = seals.refuse_context(tx.sealer, seal, session_id, service_name, context)
+    return (context, None) if refused is None else (None, refused)
+
+
+def stored_checkpoint(
+    tx: Transaction, task_no: int, task_id: str, service_name: str
+) -> tuple[Checkpoint | None, str | None]:
+    """As `stored_context`, for the checkpoint of a task."""
+    row = tx.one(tx.sql.get_checkpoint, {"task_no": task_no})
+    if row is None:
+        return None, None
+    *values, epoch, seal = row
+    checkpoint = Checkpoint(*values)
+    refused = seals.refuse_checkpoint(tx.sealer, seal, task_id, service_name, epoch, checkpoint)
+    return (checkpoint, None) if refused is None else (None, refused)
+
+
+def put_checkpoint(
+    tx: Transaction, task_no: int, task_id: str, service_name: str, epoch: int, checkpoint: Checkpoint
+) -> None:
+    """Replace a task's checkpoint; `event_count` is stored as it is given here."""
+    tx.run(
+        tx.sql.put_checkpoint,
+        {
+            "task_no": task_no,
+            "epoch": epoch,
+            "inbox_applied": checkpoint.inbox_applied,
+            "snapshot": checkpoint.snapshot,
+            "fingerprint": checkpoint.fingerprint,
+            "event_count": checkpoint.event_count,
+            "seal": seals.seal_checkpoint(tx.sealer, task_id, service_name, epoch, checkpoint),
+        },
+    )
 
 
 def inbox_events(tx: Transaction, task_no: int, after: int) -> tuple[InboxEvent, ...]:
@@ -104,10 +168,17 @@ def claim_answer(tx: Transaction, row: Row) -> Claim:
     (
         task_no, task_id, service_name, session_id, implicit_session, epoch, attempts, input_, created_at, deadline,
         event_count, cancel_requested, has_checkpoint, inbox_head,
+        retry,
     ) = row  # fmt: skip
     checkpoint: Checkpoint | None = None
-    if has_checkpoint and (stored := tx.one(tx.sql.get_checkpoint, {"task_no": task_no})) is not None:
-        checkpoint = Checkpoint(*stored)
+    context: StoredContext | None = None
+    refused: list[str | None] = []
+    if has_checkpoint:
+        checkpoint, why = stored_checkpoint(tx, task_no, task_id, service_name)
+        refused.append(why)
+    if not implicit_session:
+        context, why = stored_context(tx, session_id, service_name)
+        refused.append(why)
     applied = 0 if checkpoint is None else checkpoint.inbox_applied
     return Claim(
         task_id=task_id,
@@ -120,11 +191,13 @@ def claim_answer(tx: Transaction, row: Row) -> Claim:
         # SQLite returns a whole number of a REAL column as int where the row comes from RETURNING.
         created_at=float(created_at),
         deadline=None if deadline is None else float(deadline),
-        context=None if implicit_session else stored_context(tx, session_id, service_name),
+        context=context,
         checkpoint=checkpoint,
         inbox=inbox_events(tx, task_no, applied) if inbox_head > applied else (),
         next_index=event_count,
         cancel_requested=bool(cancel_requested),
+        retry=retry_policy(retry),
+        state_error=" ".join(filter(None, refused)) or None,
     )
 
 

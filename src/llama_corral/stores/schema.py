@@ -10,8 +10,36 @@ from sqlalchemy.engine.interfaces import Dialect
 from ..exceptions import StoreError
 from . import tables
 
-MIGRATIONS: Mapping[int, tuple[str, ...]] = {}
-"""The SQL that leads from a schema version to the next one. Runs in one transaction with the new version row."""
+# Written out and never changed: `tables` says what the newest version is, a migration what one version was.
+_FROM_1 = (
+    "ALTER TABLE corral_tasks ADD COLUMN retry TEXT",
+    "ALTER TABLE corral_tasks ADD COLUMN wake_at DOUBLE",
+    "ALTER TABLE corral_tasks ADD COLUMN retry_of TEXT",
+    "ALTER TABLE corral_instances ADD COLUMN embedded BIGINT DEFAULT '0' NOT NULL",
+    "ALTER TABLE corral_checkpoints ADD COLUMN event_count BIGINT DEFAULT '0' NOT NULL",
+    "ALTER TABLE corral_checkpoints ADD COLUMN seal TEXT",
+    "ALTER TABLE corral_contexts ADD COLUMN seal TEXT",
+    (
+        "CREATE TABLE corral_dead_letters (no INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, topic TEXT NOT NULL, "
+        "reason TEXT NOT NULL, message TEXT NOT NULL, at DOUBLE NOT NULL)"
+    ),
+    "CREATE INDEX corral_dead_letters_at ON corral_dead_letters (at)",
+    "DROP INDEX corral_tasks_deadline",
+    (
+        "CREATE INDEX corral_tasks_deadline ON corral_tasks (status, deadline) "
+        "WHERE deadline IS NOT NULL AND owner IS NULL"
+    ),
+    "CREATE INDEX corral_tasks_wake ON corral_tasks (status, wake_at) WHERE wake_at IS NOT NULL",
+    (
+        "CREATE INDEX corral_tasks_start ON corral_tasks (status, not_before) "
+        "WHERE not_before IS NOT NULL AND status = 'queued'"
+    ),
+    "CREATE INDEX corral_tasks_finished ON corral_tasks (finished_at) WHERE finished_at IS NOT NULL",
+)
+
+MIGRATIONS: Mapping[int, tuple[str, ...]] = {1: _FROM_1}
+"""The SQL that leads from a schema version to the next one. Runs in one transaction with the new version row. Version 1 was
+never on anything but SQLite."""
 
 
 def creation(dialect: Dialect) -> list[str]:

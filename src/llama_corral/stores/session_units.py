@@ -1,4 +1,4 @@
-"""What changes services, instances and sessions. The rules of `task_units` hold here too."""
+"""What changes services, instances and sessions. The rules of `accept_units` hold here too."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def put_service(tx: Transaction, service: ServiceRecord, instance: InstanceRecor
                 "capacity": instance.capacity,
                 "heartbeat": instance.heartbeat,
                 "started_at": instance.started_at,
+                "embedded": int(instance.embedded),
             },
         )
 

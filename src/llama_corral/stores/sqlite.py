@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from ..exceptions import BadInput, CorralError, StoreError, StoreUnavailable
+from ..protocol.sealing import Sealer
 from . import schema, tables
 from .process_lock import ProcessLock
 from .statements import DIALECTS, Statements, statements_for
@@ -32,10 +33,10 @@ _HINTS: Final = {
 class SqliteConnection:
     """One connection, used by one thread at a time. See `transaction.Connection`."""
 
-    def __init__(self, connection: sqlite3.Connection, sql: Statements) -> None:
+    def __init__(self, connection: sqlite3.Connection, sql: Statements, sealer: Sealer | None) -> None:
         self._connection = connection
         self._cursor = connection.cursor()
-        self.tx = Transaction(self._cursor, sql)
+        self.tx = Transaction(self._cursor, sql, sealer)
 
     def begin(self) -> None:
         self._cursor.execute("BEGIN IMMEDIATE")
@@ -96,10 +97,12 @@ class SqliteDatabase:
     Args:
         path: None for a store in memory, which has one connection and ends with it.
         durable: "normal" survives a SIGKILL of the process, "full" also a loss of power.
+        sealer: What seals the state that runs go on from.
     """
 
-    def __init__(self, path: Path | None, durable: Durability) -> None:
+    def __init__(self, path: Path | None, durable: Durability, sealer: Sealer | None = None) -> None:
         self.path = path
+        self._sealer = sealer
         self._file: Path | str = ":memory:"
         self._durable = durable
         self._sql = statements_for("sqlite")
@@ -136,13 +139,13 @@ class SqliteDatabase:
         connection = self._connect()
         if self.path is None:
             _prepare(connection, None)
-            return SqliteConnection(connection, self._sql)
+            return SqliteConnection(connection, self._sql, self._sealer)
         connection.execute("PRAGMA synchronous = " + self._durable.upper())
         connection.execute("PRAGMA temp_store = MEMORY")
         connection.execute("PRAGMA cache_size = -16000")  # KiB
         # After a burst the log is cut to this; without a limit the file stays as large as it ever was.
         connection.execute("PRAGMA journal_size_limit = 67108864")
-        return SqliteConnection(connection, self._sql)
+        return SqliteConnection(connection, self._sql, self._sealer)
 
     def close(self) -> None:
         """Give the store back to other processes. Close the connections first."""

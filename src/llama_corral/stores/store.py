@@ -19,6 +19,7 @@ from ..protocol.records import (
     Checkpoint,
     Claim,
     ClaimRequest,
+    DeadLetter,
     DeletedSession,
     EventPage,
     HeartbeatAnswer,
@@ -35,7 +36,8 @@ from ..protocol.records import (
     TaskRecord,
     Ticket,
 )
-from . import queries, session_units, task_units
+from ..protocol.sealing import Sealer
+from . import accept_units, outside_units, queries, recovery_units, report_units, session_units, upkeep_units
 from .inline import Inline
 from .reader import Reader
 from .sqlite import Durability, SqliteConnection, SqliteDatabase
@@ -51,6 +53,8 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
     Args:
         url: `sqlite:///relative.db`, `sqlite:////absolute.db`, or `sqlite://` for a store in memory. The latter runs
             inline, without threads, so tests can use an autojump clock with it.
+        sealer: Seals contexts and checkpoints, and refuses what was changed: a claim then comes without it and says so in
+            `state_error`. None: no secret is set, and what is stored is trusted.
         durable: "normal": what was answered survives the end of the process by SIGKILL. "full": also a loss of power.
         batch_size: The most units that are committed together.
         backlog: The most units that wait for the writer; callers beyond that wait to get in.
@@ -63,6 +67,7 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
     def __init__(
         self,
         url: str,
+        sealer: Sealer | None = None,
         *,
         durable: Durability = "normal",
         batch_size: int = 256,
@@ -71,7 +76,7 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
     ) -> None:
         if durable not in ("normal", "full"):
             raise StoreError(f"A store is durable 'normal' or 'full', not {durable!r}.")
-        self._database = SqliteDatabase(_sqlite_path(url), durable)
+        self._database = SqliteDatabase(_sqlite_path(url), durable, sealer)
         self._batch_size = batch_size
         self._backlog = backlog
         self._flush_timeout = flush_timeout
@@ -181,7 +186,7 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
         return await self._read(queries.list_instances)
 
     async def heartbeat(self, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:
-        return await self._write(task_units.heartbeat, instance_id, tuple(held))
+        return await self._write(recovery_units.heartbeat, instance_id, tuple(held))
 
     # Sessions
 
@@ -207,13 +212,13 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
     # The life of a task
 
     async def accept(self, task: NewTask, claim: ClaimRequest | None = None) -> Accepted:
-        return await self._write(task_units.accept, task, claim)
+        return await self._write(accept_units.accept, task, claim)
 
     async def claim(self, request: ClaimRequest) -> Claim | None:
-        return await self._write(task_units.claim, request)
+        return await self._write(accept_units.claim, request)
 
     async def report(self, report: Report) -> ReportAnswer:
-        return await self._write(task_units.report, report)
+        return await self._write(report_units.report, report)
 
     async def release(
         self,
@@ -225,25 +230,58 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
         idle: bool = False,
         wake_at: float | None = None,
     ) -> ReportAnswer:
-        return await self._write(task_units.release, task_id, epoch, checkpoint, now, idle)
+        return await self._write(report_units.release, task_id, epoch, checkpoint, now, idle, wake_at)
 
     async def request_cancel(self, task_id: str, now: float) -> SendAnswer:
-        return await self._write(task_units.request_cancel, task_id, now)
+        return await self._write(outside_units.request_cancel, task_id, now)
 
     async def expire(self, now: float) -> list[SendAnswer]:
-        return await self._write(task_units.expire, now)
+        return await self._write(outside_units.expire, now)
 
     async def send(self, task_id: str, payload: str, now: float) -> SendAnswer:
-        return await self._write(task_units.send, task_id, payload, now)
+        return await self._write(outside_units.send, task_id, payload, now)
 
     async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage:
         return await self._read(queries.pull, task_id, epoch, after)
 
     async def reap(self, dead_instances: Sequence[str], now: float) -> list[Ticket]:
-        return await self._write(task_units.reap, tuple(dead_instances), now)
+        return await self._write(recovery_units.reap, tuple(dead_instances), now)
 
-    async def due_tickets(self, *, limit: int = 1000, now: float | None = None) -> list[Ticket]:
-        return await self._read(queries.due_tickets, now, max(limit, 0))
+    async def due_tickets(
+        self,
+        *,
+        limit: int = 1000,
+        now: float | None = None,
+        since: float | None = None,
+        service_name: str | None = None,
+    ) -> list[Ticket]:
+        return await self._read(queries.due_tickets, now, since, service_name, max(limit, 0))
+
+    # Replay, timers, upkeep
+
+    async def retry(self, task_id: str, now: float, *, fresh: bool = False) -> Accepted:
+        return await self._write(recovery_units.retry, task_id, now, fresh)
+
+    async def wake(self, now: float) -> list[Ticket]:
+        return await self._write(outside_units.wake, now)
+
+    async def next_due(self, now: float) -> float | None:
+        return await self._read(queries.next_due, now)
+
+    async def reclaim(self, instance_id: str, strays: Sequence[HeldTask], now: float) -> list[Ticket]:
+        return await self._write(recovery_units.reclaim, instance_id, tuple(strays), now)
+
+    async def purge(self, before: float, *, limit: int = 500) -> int:
+        return await self._write(upkeep_units.purge, before, max(limit, 0))
+
+    async def count_queued(self, service_name: str) -> int:
+        return await self._read(queries.count_queued, service_name)
+
+    async def put_dead_letter(self, letter: DeadLetter) -> None:
+        await self._write(upkeep_units.put_dead_letter, letter)
+
+    async def list_dead_letters(self, *, before: int | None = None, limit: int = 100) -> list[DeadLetter]:
+        return await self._read(queries.list_dead_letters, queries.NEWEST if before is None else before, max(limit, 0))
 
     # Reading
 

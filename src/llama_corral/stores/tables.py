@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from ..protocol.lifecycle import OPEN, TaskStatus
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 metadata = sa.MetaData()
 
@@ -65,6 +65,7 @@ instances = sa.Table(
     _number("capacity"),
     _number("heartbeat"),
     _time("started_at", nullable=False),
+    _number("embedded"),
 )
 
 sessions = sa.Table(
@@ -85,6 +86,7 @@ contexts = sa.Table(
     _number("version", default=None),
     _text("payload"),
     _text("fingerprint", nullable=True),
+    _text("seal", nullable=True),
 )
 
 tasks = sa.Table(
@@ -119,6 +121,9 @@ tasks = sa.Table(
     _text("result", nullable=True),
     _text("result_text", server_default=""),
     _text("error", nullable=True),
+    _text("retry", nullable=True),
+    _time("wake_at"),
+    _text("retry_of", nullable=True),
 )
 
 task_events = sa.Table(
@@ -150,6 +155,20 @@ checkpoints = sa.Table(
     _number("inbox_applied", default=None),
     _text("snapshot"),
     _text("fingerprint", nullable=True),
+    _number("event_count"),
+    _text("seal", nullable=True),
+)
+
+dead_letters = sa.Table(
+    "corral_dead_letters",
+    metadata,
+    sa.Column("no", _ROW_NUMBER, primary_key=True),
+    _text("topic"),
+    _text("reason"),
+    _text("message"),
+    _time("at", nullable=False),
+    # A page ends at a number, which must not come again once the newest letters are gone.
+    sqlite_autoincrement=True,
 )
 
 EXPLICIT: Final = tasks.c.implicit_session == sa.literal_column("0", sa.BigInteger)
@@ -174,6 +193,14 @@ _index("corral_tasks_session", _t.session_id, _t.no, where=EXPLICIT)
 _index("corral_tasks_line", _t.session_id, _t.service_name, _t.status, _t.no, where=EXPLICIT)
 # What the reaper takes from a lost instance. Only open tasks, so it stays small.
 _index("corral_tasks_owner", _t.owner, where=sa.and_(_t.owner.is_not(None), IS_OPEN))
-# By status first: without it SQLite would rather look at every open task than at those with a deadline.
-_index("corral_tasks_deadline", _t.status, _t.deadline, where=_t.deadline.is_not(None))
+# By status first: without it SQLite would rather look at every open task than at those with a deadline. Owners end their
+# own, so a task that is claimed as it is accepted never comes in here.
+_index("corral_tasks_deadline", _t.status, _t.deadline, where=sa.and_(_t.deadline.is_not(None), _t.owner.is_(None)))
+# What sleeps until a time: runs that left memory with a timer, tasks that start later or are tried again.
+_index("corral_tasks_wake", _t.status, _t.wake_at, where=_t.wake_at.is_not(None))
+_QUEUED: Final = _t.status == status_literal(TaskStatus.QUEUED)
+_index("corral_tasks_start", _t.status, _t.not_before, where=sa.and_(_t.not_before.is_not(None), _QUEUED))
+# What retention takes first. Endings come in the order of their times, so their entries are appended.
+_index("corral_tasks_finished", _t.finished_at, where=_t.finished_at.is_not(None))
+_index("corral_dead_letters_at", dead_letters.c.at)
 _index("corral_instances_service", instances.c.service_name)

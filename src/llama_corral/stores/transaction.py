@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from ..exceptions import CorralError
+from ..protocol.sealing import Sealer
 from .statements import Statements
 
 Row = tuple[Any, ...]
@@ -25,13 +26,15 @@ class Cursor(Protocol):
 
 
 class Transaction:
-    """Runs statements on the cursor. `sql` holds their text: `tx.run(tx.sql.delete_inbox, {...})`."""
+    """Runs statements on the cursor. `sql` holds their text: `tx.run(tx.sql.delete_inbox, {...})`. `sealer` seals and checks
+    the state that runs go on from; None where no secret is set."""
 
-    __slots__ = ("_cursor", "sql")
+    __slots__ = ("_cursor", "sealer", "sql")
 
-    def __init__(self, cursor: Cursor, sql: Statements) -> None:
+    def __init__(self, cursor: Cursor, sql: Statements, sealer: Sealer | None = None) -> None:
         self._cursor = cursor
         self.sql = sql
+        self.sealer = sealer
 
     def run(self, sql: str, values: Mapping[str, Any]) -> int:
         """The number of rows that the statement changed."""
