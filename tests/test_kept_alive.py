@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import anyio
 import pytest
 
@@ -18,7 +16,7 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The connections that servers of this process accepted."""
     found: list[object] = []
 
@@ -28,7 +26,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
             await super().run()
 
     monkeypatch.setattr(connections, "Connection", Counted)
-    yield found
+    return found
 
 
 async def test_the_client(opened: list[object]) -> None:

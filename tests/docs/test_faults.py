@@ -21,4 +21,4 @@ def test_every_fault_has_tests_that_exist() -> None:
             file = PLACES.get(path.split("/")[0], ROOT / "tests") / path
             if not file.is_file() or not re.search(rf"\bdef {name}\(", file.read_text()):
                 missing.append(f"{fault}: {path}::{name}")
-    assert missing == []
+    assert not missing, "\n".join(missing)
