@@ -59,7 +59,7 @@ class QueueRoutes:
         routes.add("POST", calls.BROADCAST, self.broadcast, hot=True)
         routes.add("POST", calls.CONSUME, self.consume, hot=True)
         routes.add("POST", calls.SUBSCRIBE, self.subscribe, hot=True)
-        routes.add("POST", calls.RECEIVE, self.receive, hot=True)
+        routes.add("POST", calls.RECEIVE, self.receive, hot=True, errors=(409,))
         routes.add("POST", calls.SETTLE, self.settle, hot=True)
         routes.add("POST", calls.CLOSE, self.close, hot=True)
         return [routes]
