@@ -39,7 +39,6 @@ T = TypeVar("T")
 
 Fate = Literal["heard", "lost call", "lost answer", "twice"]
 FATES: Final[tuple[Fate, ...]] = ("heard", "heard", "heard", "lost call", "lost answer", "twice")
-SERVICES: Final = ("svc", "other")
 SESSIONS: Final = {"e": "enqueue", "r": "reject", "c": "concurrent"}
 RETRY: Final = RetryPolicy(backoff=2.0)
 
@@ -135,6 +134,12 @@ class World:
         self.promised.lose(lost)
         self.registered -= set(ids)
         self.publish(await self.store.reap(ids, self.now))
+
+    async def missed_when_silent(self) -> set[str]:
+        """The instances that a reaper judges by their heartbeats."""
+        known = {instance.instance_id for instance in await self.store.list_instances()}
+        assert known == self.registered
+        return known | {life.owner for life in self.promised.lives.values() if life.owner is not None}  # FOUND: strangers
 
     async def heartbeat(self, instance: Instance, *, heard: bool = True) -> None:
         hands = {run.task_id: run for run in self.runs if run.instance is instance and not run.is_over}
