@@ -75,6 +75,7 @@ class Promised:
         self.lives: dict[str, Life] = {}
         self.policies: dict[str, str] = {}
         self.contexts: dict[Line, tuple[int, str]] = {}
+        self._queued: set[str] = set()
 
     def line(self, line: Line | None) -> Iterator[Life]:
         """The open tasks of a line in the order of their acceptance."""
@@ -82,6 +83,11 @@ class Promised:
 
     def owned_by(self, instance_id: str) -> list[Life]:
         return [life for life in self.lives.values() if life.place == "owned" and life.owner == instance_id]
+
+    def newly_queued(self) -> set[str]:
+        """The tasks to be published by whoever has just been answered."""
+        queued, self._queued = self._queued, set()
+        return {task_id for task_id in queued if (life := self.lives.get(task_id)) and life.place == "queued"}
 
     # Calls
 
@@ -145,6 +151,7 @@ class Promised:
             if again is not None:
                 life.failures += 1
                 self._leave(life, "queued")
+                self._queued.discard(report.task_id)  # not yet
                 life.not_before = again
                 return
         if life.line is not None and terminal.context_error is not None:
@@ -291,8 +298,9 @@ class Promised:
         if checkpoint.progress:
             life.failures = 0
 
-    @staticmethod
-    def _leave(life: Life, place: Place) -> None:
+    def _leave(self, life: Life, place: Place) -> None:
+        if place == "queued":
+            self._queued.add(life.task.task_id)
         life.place, life.owner, life.nonce, life.waiting, life.wake_at = place, None, None, False, None
 
     def _end(self, life: Life, status: TaskStatus, *, kept: bool = False) -> None:
@@ -302,4 +310,4 @@ class Promised:
         # Its line goes on with the first that is held, once nobody is ahead of that one.
         line = list(self.line(life.line))
         if line and all(each.place == "held" for each in line):
-            line[0].place = "queued"
+            self._leave(line[0], "queued")

@@ -176,8 +176,9 @@ class World:
     # The queue
 
     def publish(self, tickets: Iterable[Ticket], *, lost: bool = False) -> None:
-        for ticket in tickets:
-            assert ticket.task_id in self.promised.lives
+        tickets = list(tickets)
+        assert {ticket.task_id for ticket in tickets} <= self.promised.lives.keys()
+        assert self.promised.newly_queued() <= {ticket.task_id for ticket in tickets}, "P5: the answer says what is due"
         if not lost:
             self.tickets += tickets
 
@@ -397,8 +398,7 @@ class World:
         expected = self.promised.expire(self.now)
         answers = await self.store.expire(self.now)
         assert {answer.task_id for answer in answers} == expected
-        for answer in answers:
-            self.publish(answer.tickets)
+        self.publish(ticket for answer in answers for ticket in answer.tickets)
 
     async def wake(self) -> None:
         expected = self.promised.wake(self.now)
@@ -449,4 +449,6 @@ class World:
             assert page.record.event_count == len(life.log)
 
     def life_of(self, pick: int) -> Life | None:
-        return pick_from(self.promised.lives.values(), pick)
+        """The newest open tasks first: most of what happens, happens to them."""
+        newest = list(self.promised.lives.values())[::-1]
+        return pick_from(sorted(newest, key=lambda life: not life.is_open), pick)
