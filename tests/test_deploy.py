@@ -13,7 +13,15 @@ from workflows import Context, Workflow, step
 from workflows.events import Event, HumanResponseEvent, InputRequiredEvent, StartEvent, StopEvent
 
 from llama_corral.aio import open_asyncio_loop
-from llama_corral.deploy import Deployment, DeployOptions, deploy_all, deploy_core, deploy_workflow, open_core
+from llama_corral.deploy import (
+    Deployment,
+    DeployOptions,
+    ServiceOptions,
+    deploy_all,
+    deploy_core,
+    deploy_workflow,
+    open_core,
+)
 from llama_corral.examples.hello import hello
 from llama_corral.exceptions import AddressError, SetupError, StoreError
 from llama_corral.protocol.lifecycle import TaskStatus
@@ -135,11 +143,11 @@ async def test_cancelling_it_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.trio
 async def test_a_core_and_a_workflow_started_one_by_one(tmp_path: Path) -> None:
-    stop = trio.Event()
+    stop, services = trio.Event(), ServiceOptions(step_flavour="anyio")
     async with trio.open_nursery() as nursery:
         core = await nursery.start(partial(deploy_core, options(tmp_path), stop=stop))
         service = await nursery.start(
-            partial(deploy_workflow, hello, WorkflowServiceConfig(service_name="hi"), core, step_flavour="anyio")
+            partial(deploy_workflow, hello, WorkflowServiceConfig(service_name="hi"), core, services)
         )
         async with httpx.AsyncClient(base_url=core.url) as client:
             assert (await client.post("/services/hi/run", json={})).json()["status"] == "completed"
@@ -153,7 +161,8 @@ async def test_a_core_without_http_on_both_backends(flavour: str) -> None:
     async with open_asyncio_loop(), open_core(DeployOptions(store_url="sqlite://")) as core:
         async with anyio.create_task_group() as tasks:
             config = WorkflowServiceConfig(service_name="hello")
-            service = await tasks.start(partial(deploy_workflow, hello, config, core, step_flavour=flavour))
+            services = ServiceOptions(step_flavour=flavour)  # type: ignore[arg-type]
+            service = await tasks.start(partial(deploy_workflow, hello, config, core, services))
             _, terminal = await core.plane.run("hello", {"name": "Ada"}, task_id="t")
             assert terminal is not None
             assert terminal.status is TaskStatus.COMPLETED

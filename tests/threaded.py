@@ -72,7 +72,7 @@ class Threaded:
     def _run(self) -> None:
         try:
             trio.run(self._main)
-        except BaseException as error:
+        except BaseException as error:  # noqa: ASYNC103 - raised again where the test ends
             self._failure = error
         finally:
             self._up.set()

@@ -14,24 +14,31 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Literal
 
 import anyio
 import anyio.abc
 import trio
+from pydantic import SecretStr
 from workflows import Workflow
 
 from . import __version__
-from .abc import MessageQueue, Store
-from .aio import open_asyncio_loop
+from .abc import Coordinator, MessageQueue, Store
+from .aio import caller_library, open_asyncio_loop
 from .control_plane import ControlPlane, ControlPlaneConfig
 from .exceptions import SetupError
+from .protocol.sealing import Sealer
 from .queues import open_queue
 from .runtime import StepFlavour, check_served
 from .services import WorkflowService, WorkflowServiceConfig
-from .settings import ServerSettings
+from .settings import ServerSettings, StateSettings
 from .stores import open_store
+from .stores.secret_file import SecretFile, read_secret_file
 
 logger = logging.getLogger(__name__)
+
+CheckpointPolicy = Literal["auto", "every_step", "on_wait", "none"]
+OnChange = Literal["resume", "restart", "fail"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +69,37 @@ class Deployment:
         return self.core.url
 
 
-@dataclass(frozen=True, slots=True)
-class DeployOptions:
-    """What all services of a deployment share.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceOptions:
+    """What all services of a process share.
 
     `max_concurrent_tasks`: the cap of each service. `drain_timeout`: seconds that working runs get after a stop.
+    `checkpoints`, `idle_timeout`, `on_change`: as in `WorkflowService`. `debug`: keep tracebacks in the records of failed
+    tasks.
+    """
+
+    max_concurrent_tasks: int = 8
+    step_flavour: StepFlavour = "asyncio"
+    drain_timeout: float = 10.0
+    checkpoints: CheckpointPolicy = "auto"
+    idle_timeout: float | None = None
+    on_change: OnChange = "resume"
+    debug: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeployOptions(ServiceOptions):
+    """Of a core, and of services in its process.
+
+    `state_secret`: the first one seals stored state, all of them verify. Without any (`CORRAL_STATE_SECRET` is not set
+    either), a store in a file has one of its own, kept beside it.
     """
 
     store_url: str = "sqlite:///corral.db"
     queue_url: str = "memory://"
-    max_concurrent_tasks: int = 8
-    step_flavour: StepFlavour = "asyncio"
-    drain_timeout: float = 10.0
     settings: ServerSettings = field(default_factory=ServerSettings)
     control_plane: ControlPlaneConfig = field(default_factory=ControlPlaneConfig)
+    state_secret: tuple[SecretStr, ...] = field(default_factory=lambda: StateSettings().state_secret)
 
 
 @asynccontextmanager
@@ -84,14 +108,28 @@ async def open_core(options: DeployOptions) -> AsyncIterator[Core]:
     `deploy_workflow`.
 
     Raises:
-        StoreError, SetupError: a URL that cannot be used.
+        StoreError, SetupError: a URL or a secret that cannot be used.
     """
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(open_store(options.store_url))
+        store = await stack.enter_async_context(_open_sealed_store(options))
         queue = await stack.enter_async_context(open_queue(options.queue_url))
-        # SQLite is locked by one process: whatever instance is stored from before is dead.
+        # SQLite is locked by one process: whatever lived in an earlier one is dead.
         plane = await stack.enter_async_context(ControlPlane(store, queue, config=options.control_plane, alone=True))
         yield Core((), plane, queue, store)
+
+
+@asynccontextmanager
+async def _open_sealed_store(options: DeployOptions) -> AsyncIterator[Store]:
+    secrets = options.state_secret
+    own: SecretFile | None = None
+    if not secrets:
+        own = await anyio.to_thread.run_sync(read_secret_file, options.store_url)
+        secrets = () if own is None else (own.secret,)
+    sealer = Sealer([secret.get_secret_value() for secret in secrets]) if secrets else None
+    async with open_store(options.store_url, sealer=sealer) as store:
+        if own is not None:
+            await anyio.to_thread.run_sync(own.keep)
+        yield store
 
 
 async def deploy_core(
@@ -116,27 +154,17 @@ async def deploy_workflow(
     workflow: Workflow,
     config: WorkflowServiceConfig,
     core: Core,
+    options: ServiceOptions | None = None,
     *,
-    step_flavour: StepFlavour = "asyncio",
-    drain_timeout: float = 10.0,
-    debug: bool = False,
     task_status: anyio.abc.TaskStatus[WorkflowService] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve a workflow on a core of this process until the service is stopped. Started with the service when it takes
-    tasks.
+    tasks. The cap is that of `config`.
 
     On Trio with the "asyncio" flavour, open one `llama_corral.aio.open_asyncio_loop` around all of them, or each service
     opens its own.
     """
-    service = WorkflowService(
-        workflow,
-        core.queue,
-        config,
-        coordinator=core.plane,
-        step_flavour=step_flavour,
-        drain_timeout=drain_timeout,
-        debug=debug,
-    )
+    service = _make_service(workflow, config, core.queue, core.plane, options or ServiceOptions())
     async with anyio.create_task_group() as tasks:
         await tasks.start(service.processing_loop)
         task_status.started(service)
@@ -150,6 +178,7 @@ async def deploy_all(
     task_status: anyio.abc.TaskStatus[Deployment] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """A core and a service for each workflow, by name, in this process, until `stop` is set or the call is cancelled.
+    Workers in other processes may join it.
 
     Started with the `Deployment` when it listens and every service takes tasks. After `stop` nothing new is accepted,
     working runs get `options.drain_timeout` seconds, what is left is handed back to the store, and the server closes.
@@ -161,11 +190,7 @@ async def deploy_all(
     """
     options = options or DeployOptions()
     stop = trio.Event() if stop is None else stop
-    if not workflows:
-        raise SetupError("there is no workflow to serve", hint="name at least one")
-    for workflow in workflows.values():
-        workflow.validate()
-        check_served(workflow, options.step_flavour, "trio")
+    _check_workflows(workflows, options)
     async with AsyncExitStack() as stack:
         if options.step_flavour == "asyncio":
             await stack.enter_async_context(open_asyncio_loop())
@@ -173,12 +198,14 @@ async def deploy_all(
         close_http = trio.Event()
         http = await stack.enter_async_context(trio.open_nursery())
         core = await _start_http(http, bare, options.settings, close_http)
+        host, _, port = core.url.rpartition("/")[2].rpartition(":")
         try:
             async with trio.open_nursery() as nursery:
-                services = {
-                    name: await nursery.start(partial(_deploy_one, workflow, name, core, options))
-                    for name, workflow in workflows.items()
-                }
+                services: dict[str, WorkflowService] = {}
+                for name, workflow in workflows.items():
+                    config = _config_of(name, workflow, options, host=host, port=int(port))
+                    services[name] = _make_service(workflow, config, core.queue, core.plane, options)
+                    await nursery.start(services[name].processing_loop)
                 task_status.started(Deployment(core, services))
                 await stop.wait()
                 logger.info("stopping: no new tasks; %d services drain", len(services))
@@ -189,30 +216,38 @@ async def deploy_all(
             close_http.set()
 
 
-async def _deploy_one(
-    workflow: Workflow,
-    name: str,
-    core: Core,
-    options: DeployOptions,
-    *,
-    task_status: anyio.abc.TaskStatus[WorkflowService],
-) -> None:
-    host, _, port = core.url.rpartition("/")[2].rpartition(":")
-    config = WorkflowServiceConfig(
+def _check_workflows(workflows: Mapping[str, Workflow], options: ServiceOptions) -> None:
+    if not workflows:
+        raise SetupError("there is no workflow to serve", hint="name at least one")
+    for workflow in workflows.values():
+        workflow.validate()
+        check_served(workflow, options.step_flavour, caller_library())
+
+
+def _config_of(name: str, workflow: Workflow, options: ServiceOptions, **address: Any) -> WorkflowServiceConfig:
+    return WorkflowServiceConfig(
         service_name=name,
         description=(workflow.__doc__ or f"The workflow {name}.").strip().partition("\n")[0],
-        host=host,
-        port=int(port),
         max_concurrent_tasks=options.max_concurrent_tasks,
+        **address,
     )
-    await deploy_workflow(
+
+
+def _make_service(
+    workflow: Workflow,
+    config: WorkflowServiceConfig,
+    queue: MessageQueue,
+    coordinator: Coordinator,
+    options: ServiceOptions,
+) -> WorkflowService:
+    return WorkflowService(
         workflow,
+        queue,
         config,
-        core,
+        coordinator=coordinator,
         step_flavour=options.step_flavour,
         drain_timeout=options.drain_timeout,
-        debug=options.settings.debug,
-        task_status=task_status,
+        debug=options.debug,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
@@ -115,3 +115,27 @@ class ServerSettings(CorralSettings):
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key belong together: set both or none")
         return self
+
+
+SHORTEST_SECRET: Final = 16
+
+
+class StateSettings(CorralSettings):
+    """What seals the stored state of workflows, so that nobody who writes to the store can change it unseen."""
+
+    state_secret: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (),
+        description="Secrets, comma separated: the first one seals, all of them verify. To change it, put the new one in "
+        "front and take the old one out when no state is left that it sealed.",
+    )
+
+    @field_validator("state_secret", mode="before")
+    @classmethod
+    def _split_secrets(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        secrets = [part.strip() for part in value.split(",")]
+        if any(len(secret) < SHORTEST_SECRET for secret in secrets):
+            # A secret that was not filled in must not leave the state open.
+            raise ValueError(f"a secret has less than {SHORTEST_SECRET} characters; unset it to run without one")
+        return tuple(map(SecretStr, secrets))

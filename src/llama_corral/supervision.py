@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 import os
 import random
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Final, Protocol
 
 import anyio
@@ -202,10 +204,10 @@ async def _enforce(
         backstop.cancel()
 
 
-def _exit_blocked(exit_process: Callable[[int], object]) -> None:
-    logger.critical("the event loop is blocked and the drain deadline has passed; ending the process")
+def _exit_blocked(exit_process: Callable[[int], object], code: int = EXIT_STUCK) -> None:
+    logger.critical("the event loop is blocked; ending the process")
     faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
-    exit_process(EXIT_STUCK)
+    exit_process(code)
 
 
 def task_stacks() -> str:
@@ -235,14 +237,22 @@ def _first(value: Any, *names: str) -> Any:
 async def stop_on_signal(
     stop: StopEvent,
     *,
+    blocked_after: float = math.inf,
     exit_process: Callable[[int], object] = os._exit,
     task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
     """The first SIGINT or SIGTERM sets `stop`; the second ends the process at once with 128 + its number.
 
     Run it as a helper in the main thread; it reports started once it listens and ends by cancellation.
+
+    Args:
+        blocked_after: Seconds after the first signal by which an event loop that has not heard it counts as blocked: the
+            stacks are written to stderr and the process ends with EXIT_STUCK. A second signal does not wait for it.
     """
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with (
+        anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
+        _hearing_for_a_blocked_loop(stop, blocked_after, exit_process),
+    ):
         task_status.started()
         async for received in signals:
             if stop.is_set():
@@ -251,6 +261,43 @@ async def stop_on_signal(
             else:
                 logger.info("%s: stopping; once more ends at once", received.name)
                 stop.set()
+
+
+@contextmanager
+def _hearing_for_a_blocked_loop(
+    stop: StopEvent, blocked_after: float, exit_process: Callable[[int], object]
+) -> Iterator[None]:
+    """Handlers of the interpreter run in the middle of what blocks the loop, where that is Python; the loop's own reaction
+    to a signal is for its next turn, which may never come. They only start threads: they may have interrupted anything."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    of_the_loop = {number: signal.getsignal(number) for number in numbers}
+    timers: list[threading.Timer] = []
+
+    def end(code: int) -> None:
+        if not stop.is_set():
+            _exit_blocked(exit_process, code)
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        theirs = of_the_loop[signal.Signals(number)]
+        if callable(theirs):
+            theirs(number, frame)
+        if stop.is_set():
+            return
+        delay, code = (0.0, EXIT_SIGNAL_BASE + number) if timers else (blocked_after, EXIT_STUCK)
+        timer = threading.Timer(min(delay, threading.TIMEOUT_MAX), end, (code,))
+        timer.daemon = True
+        timers.append(timer)
+        timer.start()
+
+    for number in numbers:
+        signal.signal(number, heard)
+    try:
+        yield
+    finally:
+        for number, handler in of_the_loop.items():
+            signal.signal(number, handler)
+        for timer in timers:
+            timer.cancel()
 
 
 @dataclass(frozen=True, slots=True)

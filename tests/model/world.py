@@ -424,7 +424,10 @@ class World:
         except Conflict:
             assert expected == "refused"
         else:
-            assert (accepted.task_id, accepted.created, expected) in ((new_id, True, "created"), (new_id, False, "known"))
+            assert (accepted.task_id, accepted.created, expected) in (
+                (new_id, True, "created"),
+                (new_id, False, "known"),
+            )
             assert accepted.status == self.promised.lives[new_id].stored_status
 
     async def purge(self, age: float, limit: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from ..exceptions import CorralError
@@ -54,11 +56,30 @@ async def _with_signals(
     stop = trio.Event()
     code = 0
     async with open_support_group() as support:
-        await support.start(lambda *, task_status: stop_on_signal(stop, task_status=task_status), name="signals")
+        signals = partial(stop_on_signal, stop, blocked_after=drain_timeout + stuck_after)
+        await support.start(signals, name="signals")
         # At the drain time the services cancel what still works; a little later everything is cancelled.
         async with drain_deadline(stop, drain_timeout + 0.2 * stuck_after, margin=0.8 * stuck_after):
             code = await main(prepared, stop)
     return code
+
+
+class Announcement:
+    """The `task_status` of a program's main part: says on stdout that it is ready.
+
+    Args:
+        describe: The line, from the value that the part started with.
+    """
+
+    def __init__(self, describe: Callable[[Any], str]) -> None:
+        self._describe = describe
+
+    def started(self, value: Any = None) -> None:
+        # What is loaded by now stays for as long as the process: the collector need not walk it again and again. That is
+        # a sixth of a small task's CPU, and the longest pauses. The program decides this, never the library.
+        gc.collect()
+        gc.freeze()
+        print(self._describe(value), flush=True)
 
 
 def _complain(error: CorralError, code: int) -> int:

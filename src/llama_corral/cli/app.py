@@ -17,15 +17,18 @@ from .output import EXIT_CANCELLED, EXIT_FAILURE, EXIT_USAGE, complain
 
 COMMANDS: Final = {
     "serve": ("serve", "Serve workflows: control plane, queue, services and store in one process."),
+    "core": ("core", "Run control plane, queue and store, for workers in other processes."),
     "demo": ("demo", "Digest texts through the whole system, in one process."),
     "run": ("run", "Run a service: stream its events, answer its questions, print its result."),
     "services": ("listings", "List the services."),
     "sessions": ("listings", "List the sessions."),
     "tasks": ("listings", "List tasks, newest first."),
+    "dead-letters": ("listings", "List messages that nobody could handle, newest first."),
     "status": ("listings", "How much waits and runs."),
     "events": ("tasks", "Show the events of a task as they come."),
     "send": ("tasks", "Send an event to a task."),
     "cancel": ("tasks", "Cancel a task."),
+    "retry": ("tasks", "Do again what an ended task did not complete."),
 }
 """Name: the module that registers it, and its line in the help, so that the help imports none of them."""
 

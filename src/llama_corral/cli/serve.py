@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-import logging
 import sys
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from pydantic import SecretStr, ValidationError
 
-from ..exceptions import SetupError
-from ._program import STUCK_AFTER, run_program
+from . import options as opt
+from ._program import STUCK_AFTER, Announcement, run_program
+from ._settings import make_control_plane_config, make_server_settings, read_state_secret, set_up_logging
 
 
 def register(app: typer.Typer) -> None:
@@ -20,87 +18,64 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    targets: Annotated[
-        list[str],
-        typer.Argument(metavar="TARGET...", help="[name=]module:attribute or [name=]file.py:attribute of a workflow."),
-    ],
-    host: Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 means everybody.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to bind; 0 chooses a free one.", min=0, max=65535)] = 8000,
-    store: Annotated[str, typer.Option(help="SQLAlchemy URL of the store.")] = "sqlite:///corral.db",
-    max_concurrent_tasks: Annotated[int, typer.Option(help="Runs of each service that work at a time.", min=1)] = 8,
-    step_flavour: Annotated[
-        str, typer.Option(help="What async steps speak: asyncio (any library) or anyio (AnyIO, Trio, httpx; faster).")
-    ] = "asyncio",
-    token: Annotated[
-        str | None, typer.Option(help="Bearer token that clients must send.", envvar="CORRAL_TOKEN")
-    ] = None,
-    drain_timeout: Annotated[float, typer.Option(help="Seconds that working runs get after a stop.", min=0)] = 10.0,
-    stuck_after: Annotated[
-        float, typer.Option(help="Seconds after that until a program that does not end is ended.", min=0, hidden=True)
-    ] = STUCK_AFTER,
-    log_format: Annotated[str, typer.Option(help="text or json")] = "text",
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
-    access_log: Annotated[bool, typer.Option("--access-log", help="Log one line a request.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Keep tracebacks in the records of failed tasks.")] = False,
+    targets: opt.Targets,
+    host: opt.Host = "127.0.0.1",
+    port: opt.Port = 8000,
+    store: opt.StoreUrl = "sqlite:///corral.db",
+    max_concurrent_tasks: opt.MaxConcurrentTasks = 8,
+    step_flavour: opt.StepFlavour = "asyncio",
+    checkpoints: opt.Checkpoints = "auto",
+    idle_timeout: opt.IdleTimeout = None,
+    on_change: opt.OnChange = "resume",
+    retention: opt.Retention = None,
+    max_queued_tasks: opt.MaxQueuedTasks = None,
+    token: opt.OwnToken = None,
+    drain_timeout: opt.DrainTimeout = 10.0,
+    stuck_after: opt.StuckAfter = STUCK_AFTER,
+    heartbeat: opt.Heartbeat = None,
+    lease: opt.Lease = None,
+    log_format: opt.LogFormat = "text",
+    log_level: opt.LogLevel = "info",
+    access_log: opt.AccessLog = False,
+    debug: opt.Debug = False,
 ) -> None:
-    """Serve workflows: control plane, queue, services and store in one process.
+    """Serve workflows: control plane, queue, services and store in one process. Workers may join it.
 
     Prints `corral ready at URL` when it accepts. Ctrl-C or SIGTERM drains; a second one ends at once.
     """
-    for value, known, option in (
-        (step_flavour, ("asyncio", "anyio"), "--step-flavour"),
-        (log_format, ("text", "json"), "--log-format"),
-        (log_level, ("debug", "info", "warning", "error"), "--log-level"),
-    ):
-        if value not in known:
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=option)
-    given: dict[str, Any] = {
-        "host": host,
-        "port": port,
-        "token": SecretStr(token) if token is not None else None,
-        "log_format": log_format,
-        "access_log": access_log,
-        "debug": debug,
-    }
 
     def prepare() -> Any:
         from ..deploy import DeployOptions
-        from ..settings import ServerSettings
-        from ..web import configure_logging
         from .targets import load_targets
 
-        try:
-            settings = ServerSettings(**given)
-        except ValidationError as exc:
-            raise SetupError(f"the settings are wrong: {exc.errors(include_input=False)[0]['msg']}") from exc
-        configure_logging(given["log_format"], level=getattr(logging, log_level.upper()))
-        options = DeployOptions(
-            store_url=store,
-            max_concurrent_tasks=max_concurrent_tasks,
-            step_flavour=step_flavour,  # type: ignore[arg-type]
-            drain_timeout=drain_timeout,
-            settings=settings,
+        settings = make_server_settings(
+            host=host, port=port, token=token, log_format=log_format, access_log=access_log, debug=debug
         )
-        return load_targets(targets), options
+        config = make_control_plane_config(
+            retention=retention, max_queued_tasks=max_queued_tasks, heartbeat=heartbeat, lease=lease
+        )
+        set_up_logging(log_format, log_level)
+        chosen = DeployOptions(
+            store_url=store,
+            settings=settings,
+            control_plane=config,
+            state_secret=read_state_secret(),
+            max_concurrent_tasks=max_concurrent_tasks,
+            step_flavour=step_flavour,
+            checkpoints=checkpoints,
+            idle_timeout=idle_timeout,
+            on_change=on_change,
+            drain_timeout=drain_timeout,
+        )
+        return load_targets(targets), chosen
 
     sys.exit(run_program(prepare, _serve, drain_timeout=drain_timeout, stuck_after=stuck_after))
 
 
 async def _serve(prepared: Any, stop: Any) -> int:
-    import trio
+    from ..deploy import deploy_all
 
-    from ..deploy import Deployment, deploy_all
-
-    workflows, options = prepared
-    async with trio.open_nursery() as nursery:
-
-        async def deploy(*, task_status: Any) -> None:
-            await deploy_all(workflows, options, stop=stop, task_status=task_status)
-
-        deployment: Deployment = await nursery.start(deploy)
-        # What is loaded by now stays for as long as the process: the collector need not walk it again and again. That is
-        # a sixth of a small task's CPU, and the longest pauses. The program decides this, never the library.
-        gc.collect()
-        gc.freeze()
-        print(f"corral ready at {deployment.url}", flush=True)
+    workflows, chosen = prepared
+    ready = Announcement(lambda deployment: f"corral ready at {deployment.url}")
+    await deploy_all(workflows, chosen, stop=stop, task_status=ready)
     return 0

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Final
 from urllib.parse import parse_qsl, urlsplit
 
+from pydantic import SecretStr
+
 from ..abc import MessageQueue
-from ..exceptions import SetupError
+from ..exceptions import BadInput, SetupError
 from .memory import MemoryMessageQueue
 
 
-def _memory(url: str) -> MessageQueue:
+def _memory(url: str, _token: SecretStr | None) -> MessageQueue:
     parts = urlsplit(url)
     if parts.netloc or parts.path.strip("/"):
         raise SetupError("A memory queue has no host and no path", hint="Write memory:// and nothing behind it.")
@@ -28,12 +30,33 @@ def _memory(url: str) -> MessageQueue:
     return MemoryMessageQueue(**options)
 
 
-SCHEMES: Final[dict[str, Callable[[str], MessageQueue]]] = {"memory": _memory}
+def _http(url: str, token: SecretStr | None) -> MessageQueue:
+    from .http import HttpMessageQueue  # the HTTP client takes a while to import
+
+    parts = urlsplit(url)
+    if parts.query or parts.fragment:
+        raise SetupError("A queue over HTTP has no options", hint="Write http://host:port and nothing behind it.")
+    try:
+        return HttpMessageQueue(url, token=token)
+    except BadInput:
+        raise SetupError(
+            "The queue URL names no HTTP server", hint="Write http://host:port; the token does not belong into the URL."
+        ) from None
+
+
+SCHEMES: Final[dict[str, Callable[[str, SecretStr | None], MessageQueue]]] = {
+    "memory": _memory,
+    "http": _http,
+    "https": _http,
+}
 """What `open_queue` understands. A function imports its adapter when it is called: adapters may need an extra."""
 
 
-def open_queue(url: str) -> MessageQueue:
+def open_queue(url: str, *, token: SecretStr | None = None) -> MessageQueue:
     """The queue that a URL names, not yet entered: `async with open_queue("memory://") as queue: ...`.
+
+    Args:
+        token: Bearer token of a queue over HTTP; others do not use it.
 
     Raises:
         SetupError: the scheme is not supported, or an option is wrong. The text never repeats the URL, which may hold a
@@ -48,4 +71,4 @@ def open_queue(url: str) -> MessageQueue:
             hint="Supported: " + ", ".join(f"{known}://" for known in sorted(SCHEMES)) + ".",
             supported=sorted(SCHEMES),
         )
-    return make(url)
+    return make(url, token)

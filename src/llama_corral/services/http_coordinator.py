@@ -69,7 +69,7 @@ class HttpCoordinator(Coordinator):
 
     async def __aexit__(self, *exc_info: object) -> None:
         if self._owns_link:
-            await self.link.__aexit__(*exc_info)
+            await self.link.__aexit__(*exc_info)  # noqa: ASYNC102 - shielded and bounded there
 
     async def register(self, info: ServiceInfo, local: LocalService | None = None) -> Registration:
         registration = await self._ask(calls.REGISTER, info, _REGISTRATION)

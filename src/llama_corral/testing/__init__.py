@@ -5,6 +5,7 @@
 * `store_faults.py`: `FaultyStore`, a store that fails at the n-th write, loses answers, hangs, or has no room.
 * `coordinator_faults.py`: `FaultyCoordinator`, the same between a service and whoever decides.
 * `call_faults.py`: what the two have in common.
+* `processes.py`: `open_stack`, real processes that a test kills, stops and starts again.
 """
 
 from __future__ import annotations
@@ -15,5 +16,8 @@ from .coordinator_faults import FaultyCoordinator as FaultyCoordinator
 from .faults import Fault as Fault
 from .faults import FaultyMessageQueue as FaultyMessageQueue
 from .faults import Hang as Hang
+from .processes import Program as Program
+from .processes import Stack as Stack
+from .processes import open_stack as open_stack
 from .queues import MessageQueueContract as MessageQueueContract
 from .store_faults import FaultyStore as FaultyStore

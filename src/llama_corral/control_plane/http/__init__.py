@@ -1,5 +1,5 @@
 """The routes of the control plane: `services.py`, `sessions.py`, `tasks.py` those of the original; `run.py` ours
-for clients, `instances.py` for workers."""
+for clients, `instances.py` and `queue.py` for workers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ...settings import ServerSettings
 from ...web import WebApp
 from ..plane import ControlPlane
 from .instances import InstanceRoutes
+from .queue import QueueRoutes
 from .run import RunRoutes
 from .services import ServiceRoutes
 from .sessions import SessionRoutes
@@ -30,18 +31,20 @@ def mount(app: WebApp, plane: ControlPlane, *, queue_config: Mapping[str, Any] |
 
     Args:
         queue_config: What `GET /queue_config` answers: `{class name: settings}`, as the original has it. Credentials are
-            taken out here. If not given, the class of the queue without settings.
+            taken out here. If not given, the simple queue of this server, at the address that the request came to.
     """
-    config = {type(plane.queue).__name__: {}} if queue_config is None else queue_config
+    queue = QueueRoutes(plane)
     groups = (
-        ServiceRoutes(plane, config),
+        ServiceRoutes(plane, queue_config),
         SessionRoutes(plane),
         TaskRoutes(plane),
         RunRoutes(plane),
         InstanceRoutes(plane),
+        queue,
     )
     for group in groups:
         for routes in group.routes():
             app.include(routes)
     app.add_component("control plane", lambda: not plane.draining)
+    plane.start_helper(queue.leased.run, name="clients of the queue")
     plane.drain_on(app.drain)
