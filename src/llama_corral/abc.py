@@ -248,6 +248,11 @@ class Store(ABC):
     async def list_instances(self) -> list[InstanceRecord]: ...
 
     @abstractmethod
+    async def list_strangers(self) -> list[str]:
+        """Owners of open tasks that are not registered: removed too early, or by a claim that came late. Whoever judges
+        instances judges them too, or nobody would miss them."""
+
+    @abstractmethod
     async def heartbeat(self, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:
         """Count the instance's heartbeat up and compare what it holds with what is stored."""
 

@@ -100,7 +100,7 @@ class World:
         self.unheard_accepts: list[tuple[NewTask, ClaimRequest | None, Instance | None]] = []
         self.gone: list[NewTask] = []
         """Accepted once, and deleted with their session."""
-        self.cursors: dict[tuple[str, int], list[str]] = {}
+        self.cursors: dict[tuple[str, int], tuple[Life | None, list[str]]] = {}
         self._numbers = 0
 
     def number(self) -> int:
@@ -139,7 +139,10 @@ class World:
         """The instances that a reaper judges by their heartbeats."""
         known = {instance.instance_id for instance in await self.store.list_instances()}
         assert known == self.registered
-        return known | {life.owner for life in self.promised.lives.values() if life.owner is not None}  # FOUND: strangers
+        strangers = set(await self.store.list_strangers())
+        owners = {life.owner for life in self.promised.lives.values() if life.place == "owned"}
+        assert strangers == owners - known
+        return known | strangers
 
     async def heartbeat(self, instance: Instance, *, heard: bool = True) -> None:
         hands = {run.task_id: run for run in self.runs if run.instance is instance and not run.is_over}
@@ -442,9 +445,12 @@ class World:
 
     async def read(self, task_id: str, reader: int, limit: int) -> None:
         """A reader goes on from its cursor."""
-        seen = self.cursors.setdefault((task_id, reader), [])
-        page = await self.store.read_events(task_id, len(seen), limit)
         life = self.promised.lives.get(task_id)
+        of, seen = self.cursors.get((task_id, reader), (life, []))
+        if of is not life:  # the id was deleted and accepted again
+            seen = []
+        self.cursors[task_id, reader] = (life, seen)
+        page = await self.store.read_events(task_id, len(seen), limit)
         assert (page is None) == (life is None)
         if page is not None and life is not None:
             seen += [event.payload for event in page.events]
