@@ -34,7 +34,7 @@ from .holding import check_everything
 from .settling import clear, settle
 from .world import FATES, RETRY, SESSIONS, Fate, Release, Run, World, pick_from
 
-EXAMPLES: Final = int(os.environ.get("CORRAL_TEST_MODEL_EXAMPLES", "150"))
+EXAMPLES: Final = int(os.environ.get("CORRAL_TEST_MODEL_EXAMPLES", "100"))
 DEPTH: Final = settings(
     max_examples=EXAMPLES,
     stateful_step_count=80,
