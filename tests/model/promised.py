@@ -21,7 +21,7 @@ Line = tuple[str, str]
 PAST_HELD = ("queued", "owned", "idle")
 
 
-@dataclass
+@dataclass(eq=False)
 class Life:
     """One task. `log` and `inbox` hold payloads; every payload of a test is unique."""
 
@@ -75,6 +75,8 @@ class Promised:
         self.lives: dict[str, Life] = {}
         self.policies: dict[str, str] = {}
         self.contexts: dict[Line, tuple[int, str]] = {}
+        self.used_epochs = 0
+        """Of deleted tasks: an id that comes again begins behind them."""
         self._queued: set[str] = set()
 
     def line(self, line: Line | None) -> Iterator[Life]:
@@ -104,7 +106,7 @@ class Promised:
         policy = None if line is None else self.policies[line[0]]
         if busy and policy == "reject":
             return "busy"
-        life = self.lives[task.task_id] = Life(task, line, not_before=task.not_before)
+        life = self.lives[task.task_id] = Life(task, line, epoch=self.used_epochs, not_before=task.not_before)
         if busy and policy == "enqueue":
             life.place = "held"
         elif request is not None:
@@ -270,12 +272,16 @@ class Promised:
         ended = [life for life in self.lives.values() if life.finished_at is not None and life.finished_at < before]
         return sorted(ended, key=lambda life: life.finished_at or 0)
 
+    def forget(self, life: Life) -> None:
+        del self.lives[life.task.task_id]
+        self.used_epochs = max(self.used_epochs, life.epoch)
+
     def delete_session(self, session_id: str) -> set[tuple[str, str]] | None:
         if self.policies.pop(session_id, None) is None:
             return None
         gone = [life for life in self.lives.values() if life.line is not None and life.line[0] == session_id]
         for life in gone:
-            del self.lives[life.task.task_id]
+            self.forget(life)
         self.contexts = {line: context for line, context in self.contexts.items() if line[0] != session_id}
         return {(life.task.task_id, life.owner or "") for life in gone if life.place == "owned"}
 

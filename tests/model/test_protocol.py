@@ -85,7 +85,9 @@ class Protocol(RuleBasedStateMachine):
             self.call(world.accept, self._task(session, "svc", max_attempts=2, retry=RETRY), by)
 
     def _task(self, session: str | None, service: str, **more: Any) -> NewTask:
-        return NewTask(f"t{self.world.number()}", service, "{}", self.world.now, session_id=session, **more)
+        """Ids are chosen by clients, so the same may come again."""
+        task_id = f"t{self.world.number()}"
+        return NewTask(task_id, service, "{}", self.world.now, session_id=session, digest="content", **more)
 
     # Accept and claim
 
@@ -220,9 +222,9 @@ class Protocol(RuleBasedStateMachine):
     @precondition(lambda self: self.world.said)
     @rule(back=st.integers(1, 30))
     def a_late_copy_arrives(self, back: int) -> None:
-        call = self.world.said[-min(back, len(self.world.said))]
+        call, of = self.world.said[-min(back, len(self.world.said))]
         if isinstance(call, (Report, Release)):
-            self.call(self.world.tell, call)
+            self.call(self.world.tell, call, of)
         else:
             self.call(self.world.tell_claim, call)
 
@@ -235,11 +237,13 @@ class Protocol(RuleBasedStateMachine):
         if what == "pull":
             self.call(world.pull, run, heard=False)
         elif what == "report":
-            self.call(world.tell, world.report(run, events=2, waiting=True, checkpoint=world.checkpoint(run)))
+            report = world.report(run, events=2, waiting=True, checkpoint=world.checkpoint(run))
+            self.call(world.tell, report, run.life)
         elif what == "end":
-            self.call(world.tell, world.ending(run, TaskStatus.COMPLETED))
+            self.call(world.tell, world.ending(run, TaskStatus.COMPLETED), run.life)
         else:
-            self.call(world.tell, Release(run.task_id, run.claim.epoch, world.checkpoint(run), idle=True))
+            call = Release(run.task_id, run.claim.epoch, world.checkpoint(run), idle=True)
+            self.call(world.tell, call, run.life)
 
     # Instances
 

@@ -66,6 +66,8 @@ class Run:
 
     claim: Claim
     instance: Instance
+    life: Life
+    """Which life of the task's id: it may be deleted and accepted again."""
     seq: int = 0
     inbox_read: int = 0
     waiting: bool = False
@@ -94,7 +96,7 @@ class World:
         self.registered: set[str] = set()
         self.runs: list[Run] = []
         self.tickets: list[Ticket] = []
-        self.said: list[Report | Release | ClaimRequest] = []
+        self.said: list[tuple[Report | Release | ClaimRequest, Life | None]] = []
         """Everything that was ever said: any of it may arrive once more."""
         self.unheard_claims: list[tuple[ClaimRequest, Instance]] = []
         self.unheard_accepts: list[tuple[NewTask, ClaimRequest | None, Instance | None]] = []
@@ -172,9 +174,10 @@ class World:
         self.publish(await self.store.reclaim(instance_id, strays, self.now))
 
     def owns(self, run: Run) -> bool:
-        life = self.promised.lives.get(run.task_id)
+        life = run.life
+        is_there = self.promised.lives.get(run.task_id) is life
         owner = run.instance.instance_id
-        return life is not None and (life.place, life.epoch, life.owner) == ("owned", run.claim.epoch, owner)
+        return is_there and (life.place, life.epoch, life.owner) == ("owned", run.claim.epoch, owner)
 
     # The queue
 
@@ -236,7 +239,7 @@ class World:
 
     async def claim(self, ticket: Ticket, by: Instance, fate: Fate = "heard") -> None:
         request = ClaimRequest(ticket.task_id, by.instance_id, f"n{self.number()}", self.now)
-        self.said.append(request)
+        self.said.append((request, None))
         if fate != "lost call":
             claim = await self.tell_claim(request)
             if fate == "twice":
@@ -279,7 +282,7 @@ class World:
             return
         if any((run.task_id, run.claim.epoch) == (claim.task_id, claim.epoch) for run in self.runs):
             return  # heard twice
-        run = Run(claim, by)
+        run = Run(claim, by, self.promised.lives[claim.task_id])
         run.inbox_read = max([event.seq for event in claim.inbox], default=self._applied(claim))
         self.runs.append(run)
 
@@ -299,26 +302,28 @@ class World:
 
     async def say(self, run: Run, call: Report | Release, fate: Fate = "heard") -> None:
         run.pending = call
-        self.said.append(call)
+        self.said.append((call, run.life))
         if fate == "lost call":
             return
-        answer = await self.tell(call, tickets_lost=fate == "lost answer")
+        answer = await self.tell(call, run.life, tickets_lost=fate == "lost answer")
         if fate == "twice":
-            answer = await self.tell(call)
+            answer = await self.tell(call, run.life)
         if fate != "lost answer":
             self._hear(run, call, answer)
 
     async def repeat(self, run: Run) -> None:
         assert run.pending is not None
-        self._hear(run, run.pending, await self.tell(run.pending))
+        self._hear(run, run.pending, await self.tell(run.pending, run.life))
 
-    async def tell(self, call: Report | Release, *, tickets_lost: bool = False) -> ReportAnswer:
+    async def tell(self, call: Report | Release, of: Life | None, *, tickets_lost: bool = False) -> ReportAnswer:
+        is_there = self.promised.lives.get(call.task_id) in (None, of)
+        expected = "fenced"  # whatever another life of the same id says
         if isinstance(call, Report):
-            expected = self.promised.report(call)
+            expected = self.promised.report(call) if is_there else expected
             answer = await self.store.report(call)
         else:
             arguments = (call.task_id, call.epoch, call.checkpoint, self.now)
-            expected = self.promised.release(*arguments, call.idle, call.wake_at)
+            expected = self.promised.release(*arguments, call.idle, call.wake_at) if is_there else expected
             answer = await self.store.release(*arguments, idle=call.idle, wake_at=call.wake_at)
         assert answer.status == {"new": "ok", "again": "ok"}.get(expected, expected)
         life = self.promised.lives.get(call.task_id)
@@ -354,7 +359,7 @@ class World:
     async def pull(self, run: Run, *, heard: bool = True) -> None:
         page = await self.store.pull(run.task_id, run.claim.epoch, run.inbox_read)
         life = self.promised.lives.get(run.task_id)
-        owned = life is not None and life.place == "owned" and life.epoch == run.claim.epoch
+        owned = life is run.life and life.place == "owned" and life.epoch == run.claim.epoch
         assert page.status == ("deleted" if life is None else "ok" if owned else "fenced")
         if life is None or not owned:
             run.is_over = run.is_over or heard
@@ -441,7 +446,8 @@ class World:
         removed = [life for life in removable if life.task.task_id not in left]
         assert [life.finished_at for life in removed] == [life.finished_at for life in removable[:limit]]
         for life in removed:
-            self.gone.append(self.promised.lives.pop(life.task.task_id).task)
+            self.promised.forget(life)
+            self.gone.append(life.task)
 
     async def read(self, task_id: str, reader: int, limit: int) -> None:
         """A reader goes on from its cursor."""
