@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -28,6 +28,7 @@ from hypothesis.stateful import (
 
 from llama_corral.protocol.lifecycle import TaskStatus
 from llama_corral.protocol.records import NewTask, Report
+from llama_corral.protocol.sealing import Sealer
 from llama_corral.stores import SqlStore
 
 from .holding import check_everything
@@ -36,12 +37,7 @@ from .world import FATES, RETRY, SESSIONS, Fate, Release, Run, World, pick_from
 
 EXAMPLES: Final = int(os.environ.get("CORRAL_TEST_MODEL_EXAMPLES", "100"))
 DEPTH: Final = settings(
-    max_examples=EXAMPLES,
-    stateful_step_count=80,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-    phases=[Phase.explicit, Phase.reuse, Phase.generate] if os.environ.get("CORRAL_NOSHRINK") else tuple(Phase),
+    max_examples=EXAMPLES, stateful_step_count=80, suppress_health_check=list(HealthCheck), print_blob=True
 )
 
 picks = st.integers(0, 11)
@@ -54,10 +50,11 @@ session_ids = st.sampled_from(list(SESSIONS))
 class Protocol(RuleBasedStateMachine):
     """Rules draw, the world acts. One event loop serves all examples of a test."""
 
-    def __init__(self, portal: BlockingPortal) -> None:
+    def __init__(self, portal: BlockingPortal, sealer: Sealer | None = None) -> None:
         super().__init__()
         self.portal = portal
-        self._opened: AbstractContextManager[SqlStore] = portal.wrap_async_context_manager(SqlStore("sqlite://"))
+        store = SqlStore("sqlite://", sealer=sealer)
+        self._opened: AbstractContextManager[SqlStore] = portal.wrap_async_context_manager(store)
         self.world = World(self._opened.__enter__())
 
     def teardown(self) -> None:
@@ -327,3 +324,11 @@ def portal() -> Iterator[BlockingPortal]:
 @pytest.mark.timeout(60 + EXAMPLES)
 def test_the_promises_hold_whatever_happens(portal: BlockingPortal) -> None:
     run_state_machine_as_test(lambda: Protocol(portal), settings=DEPTH)
+
+
+@pytest.mark.promise("P4", "P11")
+@pytest.mark.timeout(60 + EXAMPLES)
+def test_sealed_state_is_never_refused_for_what_happened_to_it(portal: BlockingPortal) -> None:
+    """Contexts grow versions, snapshots are replaced, replayed under another id, and left by dead epochs: each fits."""
+    sealer = Sealer(["secret"])
+    run_state_machine_as_test(lambda: Protocol(portal, sealer), settings=settings(DEPTH, max_examples=EXAMPLES // 3))

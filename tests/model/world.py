@@ -264,7 +264,7 @@ class World:
     def _check_claim(self, claim: Claim) -> None:
         life = self.promised.lives[claim.task_id]
         assert (claim.epoch, claim.attempt, claim.next_index) == (life.epoch, life.failures + 1, len(life.log))
-        assert claim.cancel_requested == life.cancel
+        assert (claim.cancel_requested, claim.state_error) == (life.cancel, None)
         version, payload = self.promised.contexts.get(life.line, (0, "")) if life.line else (0, "")
         assert (0 if claim.context is None else claim.context.version) == version
         assert claim.context is None or claim.context.payload == payload
