@@ -140,6 +140,19 @@ async def test_a_silent_instance_is_reaped_and_one_that_beats_is_not() -> None:
         assert not (await corral.plane.heartbeat("silent", ())).known
 
 
+@pytest.mark.promise("P1", "P2")
+async def test_an_owner_that_is_not_registered_is_missed_too() -> None:
+    """It was given up too early, claimed once more before it knew, and died. Or its claim was late."""
+    async with open_corral(lease=0.05) as corral:
+        service = await corral.service(register=False)
+        claim = await corral.elsewhere("far", service)
+        await corral.store.delete_instance(service.instance_id)
+        async with corral.queue.consumer(corral.topic("far")) as consumer:
+            (delivery,) = await consumer.receive()
+        assert delivery.message.data["task_id"] == claim.task_id
+        assert (await corral.plane.get_task(claim.task_id)).attempts == 1
+
+
 @pytest.mark.promise("P1")
 async def test_a_task_that_loses_its_worker_too_often_fails_and_its_reader_hears_it() -> None:
     async with open_corral(lease=0.05, max_attempts=1) as corral:

@@ -65,6 +65,7 @@ def test_no_statement_walks_over_a_table_or_sorts_one() -> None:
         ("dead_letters_before", "corral_dead_letters_at"),
         ("owned_by", "corral_tasks_owner"),
         ("owned_briefly", "corral_tasks_owner"),
+        ("list_strangers", "corral_tasks_owner"),
         ("free_next", "corral_tasks_line"),
         ("queued_in_line", "corral_tasks_line"),
         ("session_policy", "corral_tasks_line"),

@@ -16,7 +16,7 @@ from ..exceptions import QueueUnavailable, Unavailable
 from ..protocol import topics
 from ..protocol.lifecycle import TaskStatus
 from ..protocol.messages import ActionTypes
-from ..protocol.records import TaskFilter, Ticket
+from ..protocol.records import InstanceRecord, TaskFilter, Ticket
 from .config import ControlPlaneConfig
 from .effects import MESSAGES_INSTANCE, Effects
 from .leases import Leases
@@ -197,7 +197,10 @@ class Upkeep:
             for instance_id in local:
                 await self._store.heartbeat(instance_id, ())
         instances = await self._store.list_instances()
-        dead = leases.dead((each for each in instances if each.instance_id not in local), anyio.current_time())
+        # Unregistered owners never beat: those that live register again within their lease.
+        instances += [InstanceRecord(owner, "", 0, 0.0) for owner in await self._store.list_strangers()]
+        spared = local | {MESSAGES_INSTANCE}
+        dead = leases.dead((each for each in instances if each.instance_id not in spared), anyio.current_time())
         if not dead:
             return
         with anyio.CancelScope(shield=True):
