@@ -352,9 +352,21 @@ class Store(ABC):
         nothing."""
 
     @abstractmethod
-    async def due_tickets(self, *, limit: int = 1000, now: float | None = None) -> list[Ticket]:
-        """Queued tasks, oldest first: what start-up and the backstop publish (again). With `now`, those whose
-        `not_before` lies ahead are left out; a claim of them finds nothing until then."""
+    async def due_tickets(
+        self,
+        *,
+        limit: int = 1000,
+        now: float | None = None,
+        since: float | None = None,
+        service_name: str | None = None,
+    ) -> list[Ticket]:
+        """Queued tasks, oldest first: what start-up and the backstop publish (again).
+
+        Args:
+            now: Leave out those whose `not_before` lies ahead; a claim of them finds nothing until then.
+            since: Beside `now`: only those whose `not_before` came after this moment, first what came first.
+            service_name: Beside `now`: only tasks of this service.
+        """
 
     # Replay, timers, upkeep
 

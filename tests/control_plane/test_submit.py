@@ -21,8 +21,10 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_a_free_slot_takes_the_task_in_the_same_unit(corral: Corral) -> None:
-    service = await corral.service(slots=1)
+    service = await corral.service(slots=2)
     await anyio.wait_all_tasks_blocked()  # the reaper's first look
+    await corral.plane.submit("svc", {})  # the first one counts what waits
+    await service.wait_claim()
     before = corral.store.statistics()["units"]
     accepted = await corral.plane.submit("svc", {"topic": "llamas"})
     assert corral.store.statistics()["units"] == before + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import anyio
 import pytest
 
+from llama_corral.control_plane.alarm import Alarm
 from llama_corral.control_plane.leases import Leases
-from llama_corral.control_plane.upkeep import Deadlines
 from llama_corral.exceptions import Conflict
 from llama_corral.protocol.lifecycle import TaskStatus
 from llama_corral.protocol.messages import ServiceDefinition
@@ -115,23 +116,24 @@ async def test_a_deadline_ends_what_nobody_holds_in_time(corral: Corral) -> None
         await corral.plane.cancel(first.task_id)
 
 
-async def test_a_million_deadlines_are_few_wakeups(anyio_backend: str) -> None:
-    deadlines = Deadlines()
-    for i in range(20_000):
-        deadlines.add(1060 + i / 2_000, 1000)
-    assert len(deadlines._heap) <= 21
-    now = [1000.0]
+async def test_an_alarm_knows_the_next_moment_only(anyio_backend: str) -> None:
+    alarm, now = Alarm(), [1000.0]
+    for moment in (1070.0, None, 1060.0, 1080.0):
+        alarm.add(moment)
+    assert alarm.next == 1060.0
     with anyio.move_on_after(0.01) as early:
-        await deadlines.wait_due(lambda: now[0])
+        await alarm.wait_due(lambda: now[0])
     assert early.cancelled_caught
-    now[0] = 1061.0
-    await deadlines.wait_due(lambda: now[0])
-    deadlines.add(1062.0, 1061.5)
+    now[0] = 1060.0
+    await alarm.wait_due(lambda: now[0])
+    assert alarm.next == math.inf
     async with anyio.create_task_group() as group:
-        group.start_soon(deadlines.wait_due, lambda: now[0])
+        group.start_soon(alarm.wait_due, lambda: now[0])
         await anyio.wait_all_tasks_blocked()
-        now[0] = 2000.0
-        deadlines.add(1061.6, 1061.5)
+        alarm.add(2000.0)
+        await anyio.wait_all_tasks_blocked()
+        now[0] = 1500.0
+        alarm.add(1400.0)
 
 
 @pytest.mark.promise("P5")

@@ -24,10 +24,12 @@ COMMANDS: Final = {
     "services": ("listings", "List the services."),
     "sessions": ("listings", "List the sessions."),
     "tasks": ("listings", "List tasks, newest first."),
+    "dead-letters": ("listings", "List messages that nobody could handle, newest first."),
     "status": ("listings", "How much waits and runs."),
     "events": ("tasks", "Show the events of a task as they come."),
     "send": ("tasks", "Send an event to a task."),
     "cancel": ("tasks", "Cancel a task."),
+    "retry": ("tasks", "Do again what an ended task did not complete."),
 }
 """Name: the module that registers it, and its line in the help, so that the help imports none of them."""
 

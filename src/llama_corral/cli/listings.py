@@ -1,4 +1,4 @@
-"""`corral services`, `sessions`, `tasks` and `status`: one question, one table."""
+"""`corral services`, `sessions`, `tasks`, `dead-letters` and `status`: one question, one table."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _COUNTS = ("held", "queued", "running", "waiting", "instances", "capacity")
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    for command in (services, sessions, tasks, status):
-        app.command(command.__name__)(command)
+    for command in (services, sessions, tasks, dead_letters, status):
+        app.command(command.__name__.replace("_", "-"))(command)
 
 
 def services(url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False) -> None:
@@ -68,11 +68,33 @@ def tasks(
     if as_json:
         print_json(found)
         return
+    columns = ["TASK", "SERVICE", "STATUS", "EVENTS", "CREATED"]
     rows = [
-        (each["task_id"], each["service_name"], each["status"], each["event_count"], moment(each["created_at"]))
+        [each["task_id"], each["service_name"], each["status"], each["event_count"], moment(each["created_at"])]
         for each in found
     ]
-    print_table(("TASK", "SERVICE", "STATUS", "EVENTS", "CREATED"), rows, empty="There are no such tasks.")
+    if any(each["error"] for each in found):
+        columns.append("ERROR")
+        for row, each in zip(rows, found, strict=True):
+            error = each["error"]
+            row.append(f"{error['type']}: {error['message']}" if error else None)
+    print_table(columns, rows, empty="There are no such tasks.")
+
+
+def dead_letters(
+    limit: Limit = 20,
+    before: Annotated[int | None, typer.Option(help="The number at which the page before this one ended.")] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """List messages that nobody could read or handle, newest first. With --json: the messages too."""
+    found: list[dict[str, Any]] = Server(url, token).get("/dead_letters", before=before, limit=limit)["dead_letters"]
+    if as_json:
+        print_json(found)
+        return
+    rows = [(each["no"], moment(each["at"]), each["topic"], each["reason"]) for each in found]
+    print_table(("NO", "AT", "TOPIC", "REASON"), rows, empty="There are no dead letters.")
 
 
 def status(url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False) -> None:

@@ -39,8 +39,8 @@ class Server:
         """
         return self._ask("GET", path, params)
 
-    def post(self, path: str, body: Any = None) -> Any:
-        return self._ask("POST", path, {}, body)
+    def post(self, path: str, body: Any = None, **params: Any) -> Any:
+        return self._ask("POST", path, params, body)
 
     def _ask(self, method: str, path: str, params: Mapping[str, Any], body: Any = None) -> Any:
         url = check_url(self.url)

@@ -44,6 +44,15 @@ def run(
     text: Input = None,
     session: Annotated[str | None, typer.Option(help="Run in this session; it must exist.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds after which the task ends as timed out.")] = None,
+    delay: Annotated[float | None, typer.Option(help="Seconds before which the task does not start.")] = None,
+    max_attempts: Annotated[int | None, typer.Option(help="How often the task may be tried.")] = None,
+    retry_on: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ERROR", help="Try again after errors of this class; '*' for any. Repeatable."),
+    ] = None,
+    backoff: Annotated[
+        float | None, typer.Option(help="Seconds before the second attempt; each further pause is twice as long.")
+    ] = None,
     url: Url = DEFAULT_URL,
     token: Token = None,
     as_json: Json = False,
@@ -56,7 +65,14 @@ def run(
     With --json: one line an event, then one with the record of the ending.
     """
     start = values(arguments, text)
-    options = {"session": session, "timeout": timeout}
+    options = {
+        "session": session,
+        "timeout": timeout,
+        "delay": delay,
+        "max_attempts": max_attempts,
+        "retry_on": retry_on or (),
+        "backoff": backoff,
+    }
     raise typer.Exit(_on_trio(lambda: Command(url, token, as_json=as_json).run(service, start, options)))
 
 

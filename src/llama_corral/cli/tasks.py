@@ -1,4 +1,4 @@
-"""`corral events`, `send` and `cancel`: what can be done to a task by its id."""
+"""`corral events`, `send`, `cancel` and `retry`: what can be done to a task by its id."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TaskId = Annotated[str, typer.Argument(metavar="TASK", help="The id of the task.
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    for command in (events, send, cancel):
+    for command in (events, send, cancel, retry):
         app.command(command.__name__)(command)
 
 
@@ -65,3 +65,23 @@ def cancel(task: TaskId, url: Url = DEFAULT_URL, token: Token = None, as_json: J
         print_json(answer)
     else:
         print_text(f"{task} is cancelled" if answer["ended"] else f"{task} has been told to cancel")
+
+
+def retry(
+    task: TaskId,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="From the beginning, also where a checkpoint was left.")
+    ] = False,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Do again, as a new task, what an ended task did not complete.
+
+    It goes on where the other one left a checkpoint. The same command again is the same task.
+    """
+    answer = Server(url, token).post(path_of("tasks", task, "retry"), fresh="true" if fresh else None)
+    if as_json:
+        print_json(answer)
+    else:
+        print_text(f"{answer['task_id']} does {task} again")

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from .. import exceptions as exc
 from ..http_answers import not_ours
 from ..http_urls import path_of
-from ..protocol.messages import new_id
+from ..protocol.messages import MAX_KEY, id_of_key, new_id
 from .http import Http
 from .outgoing import start_arguments
 from .services import Services
@@ -88,7 +88,14 @@ class Client(anyio.AsyncContextManagerMixin):
         *,
         session: Session | str | None = None,
         task_id: str | None = None,
+        idempotency_key: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - of the task, not of the call
+        delay: float | None = None,
+        max_attempts: int | None = None,
+        retry_on: str | Sequence[str] = (),
+        backoff: float | None = None,
+        backoff_factor: float | None = None,
+        max_backoff: float | None = None,
         **more: Any,
     ) -> Task:
         """Start a task. When this returns it is stored, and will end in exactly one record.
@@ -99,16 +106,35 @@ class Client(anyio.AsyncContextManagerMixin):
                 given by name.
             session: Run in this session; otherwise in one of its own, which ends with the task.
             task_id: An id of your own: the same call again, also after a lost answer, is the same task.
+            idempotency_key: Instead of `task_id`, a text of your own; the id follows from it and the service.
             timeout: Seconds after which the task, wherever it is, ends as timed out.
+            delay: Seconds before which it does not start.
+            max_attempts: How often it may be tried: lost workers count, and the errors in `retry_on`.
+            retry_on: Classes of errors of the workflow after which it is tried again: names, bare or with their module,
+                bases included; "*" for any.
+            backoff, backoff_factor, max_backoff: Seconds before the second attempt, by what each further pause is longer,
+                and the longest one.
 
         Raises:
             NotFound: there is no such service or session.
-            BadInput: the workflow refuses its start arguments.
+            BadInput: the workflow refuses its start arguments; an option is out of its bounds.
             Conflict: the id belongs to another request; the session takes one task at a time.
+            TooManyTasks: too many wait for the service, also after a few further attempts. Nothing was stored.
         """
         body = start_arguments(arguments, more)
-        chosen = task_id if task_id is not None else new_id()
-        params = {"detach": "true", "task_id": chosen, "session_id": _id_of(session), "timeout": timeout}
+        chosen = _chosen_id(service, task_id, idempotency_key)
+        params = {
+            "detach": "true",
+            "task_id": chosen,
+            "session_id": _id_of(session),
+            "timeout": timeout,
+            "delay": delay,
+            "max_attempts": max_attempts,
+            "retry_on": [retry_on] if isinstance(retry_on, str) else list(retry_on),
+            "backoff": backoff,
+            "backoff_factor": backoff_factor,
+            "max_backoff": max_backoff,
+        }
         # With an id of its own it may be repeated: the server joins the task of the first request.
         answer = await self.http.request(
             "POST", path_of("services", service, "run"), params=params, body=body, repeatable=True
@@ -123,8 +149,6 @@ class Client(anyio.AsyncContextManagerMixin):
         arguments: Mapping[str, Any] | None = None,
         /,
         *,
-        session: Session | str | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - of the task, not of the call
         on_event: OnEvent | None = None,
         keep_on_cancel: bool = False,
         **more: Any,
@@ -136,17 +160,17 @@ class Client(anyio.AsyncContextManagerMixin):
         takes `CANCEL_GRACE` seconds at most.
 
         Args:
-            service, arguments, session, timeout: As in `start`.
+            service, arguments: As in `start`.
             on_event: Called, and awaited if it is async, with each `TaskEvent`.
             keep_on_cancel: Leave the task running instead.
+            more: The options of `start` and start arguments of the workflow, by name.
 
         Raises:
             TaskFailed, TaskCancelled, TaskTimedOut: it ended so; the field `error` holds the record of it.
             UsageError: as in `start`.
             Unavailable: the server is away, or was for longer than `reconnect_for` seconds.
         """
-        body = start_arguments(arguments, more)
-        async with self.started(service, body, session=session, timeout=timeout, keep_on_cancel=keep_on_cancel) as task:
+        async with self.started(service, arguments, keep_on_cancel=keep_on_cancel, **more) as task:
             # Who wants no events waits for the end behind them: an index that no log reaches.
             async with task.events(0 if on_event is not None else BEHIND_ALL) as events:
                 async for event in events:
@@ -163,23 +187,21 @@ class Client(anyio.AsyncContextManagerMixin):
         arguments: Mapping[str, Any] | None = None,
         /,
         *,
-        session: Session | str | None = None,
         task_id: str | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - of the task, not of the call
+        idempotency_key: str | None = None,
         keep_on_cancel: bool = False,
         **more: Any,
     ) -> AsyncGenerator[Task, None]:
         """`start` as a block that owns the task: if it is cancelled or raises, the task is cancelled on the server.
 
-        Leaving it normally, or with a `TaskEnded`, leaves the task as it is.
+        Leaving it normally, or with a `TaskEnded`, leaves the task as it is. Arguments are those of `start`.
         """
-        body = start_arguments(arguments, more)
-        chosen = task_id if task_id is not None else new_id()
+        chosen = _chosen_id(service, task_id, idempotency_key)
         unclear = False  # whether there may be a task that nobody was told of
         try:
 
             async def start() -> Task:
-                return await self.start(service, body, session=session, task_id=chosen, timeout=timeout)
+                return await self.start(service, arguments, task_id=chosen, **more)
 
             unclear = True
             try:
@@ -203,6 +225,10 @@ class Client(anyio.AsyncContextManagerMixin):
             await self.task(task_id).cancel()
         except exc.CorralError:
             return  # it has ended, was never there, or the server is away and nothing can be done
+
+    async def retry(self, task_id: str, *, fresh: bool = False) -> Task:
+        """Do again what an ended task did not complete: see `Task.retry`."""
+        return await self.task(task_id).retry(fresh=fresh)
 
     def task(self, task_id: str) -> Task:
         """A handle on a task by its id. Nothing is asked."""
@@ -243,6 +269,16 @@ class Client(anyio.AsyncContextManagerMixin):
 
 BEHIND_ALL: Final = 10**17
 """The index of an event that never comes: a stream from there has the ending only."""
+
+
+def _chosen_id(service: str, task_id: str | None, idempotency_key: str | None) -> str:
+    if idempotency_key is None:
+        return new_id() if task_id is None else task_id
+    if task_id is not None:
+        raise exc.BadInput("Both a task_id and an idempotency_key are given.", hint="One of them is enough.")
+    if not 0 < len(idempotency_key) <= MAX_KEY:
+        raise exc.BadInput(f"The idempotency_key must have 1 to {MAX_KEY} characters.")
+    return id_of_key(service, idempotency_key)
 
 
 def _id_of(session: Session | str | None) -> str | None:

@@ -2,7 +2,8 @@
 
 A request is repeated, for `retry_for` seconds at most, if that is safe: it was not sent, or the server said that nothing
 of it was done, or doing it twice is doing it once (`repeatable`). Only a server that has answered this client before is
-waited for: the first request to a wrong URL fails at once.
+waited for: the first request to a wrong URL fails at once. A server that is full is asked `FULL_ATTEMPTS` times at most,
+and only for what is repeatable: everybody repeating everything would keep it full.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ STREAM_SILENCE: Final = 45.0
 """Seconds of silence after which a stream's connection counts as dead: three heartbeats of the server."""
 FIRST_DELAY: Final = 0.05
 LONGEST_DELAY: Final = 5.0
+FULL_ATTEMPTS: Final = 4
 
 _NOT_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
 
@@ -120,13 +122,15 @@ class Http:
                 return await self._once(request)
             except Unavailable as error:
                 delay = delay_of(failures, error)
-                if not self._may_repeat(error, twice) or anyio.current_time() + delay > give_up:
+                if not self._may_repeat(error, twice, failures) or anyio.current_time() + delay > give_up:
                     raise
                 await anyio.sleep(delay)
         raise AssertionError("unreachable")
 
-    def _may_repeat(self, error: Unavailable, twice: bool) -> bool:
-        return self.answered and (twice or not error.fields.get("sent", True)) and not isinstance(error, TooManyTasks)
+    def _may_repeat(self, error: Unavailable, twice: bool, failures: int) -> bool:
+        if isinstance(error, TooManyTasks):
+            return twice and failures < FULL_ATTEMPTS
+        return self.answered and (twice or not error.fields.get("sent", True))
 
     async def _once(self, request: httpx.Request) -> httpx.Response:
         response = await self._send(request)

@@ -9,7 +9,7 @@ from ..http_answers import not_ours
 from ..http_urls import path_of
 from ..protocol.records import SessionPolicy
 from .outgoing import start_arguments
-from .tasks import OnEvent, Task, TaskInfo
+from .tasks import Task, TaskInfo
 
 if TYPE_CHECKING:
     from .api import Client
@@ -34,34 +34,20 @@ class Session:
         service: str,
         arguments: Mapping[str, Any] | None = None,
         /,
-        *,
-        task_id: str | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - of the task, not of the call
         **more: Any,
     ) -> Task:
-        """Start a task in this session: see `Client.start`."""
-        return await self._client.start(service, arguments, session=self, task_id=task_id, timeout=timeout, **more)
+        """Start a task in this session: see `Client.start` for the options."""
+        return await self._client.start(service, arguments, session=self, **more)
 
     async def run(
         self,
         service: str,
         arguments: Mapping[str, Any] | None = None,
         /,
-        *,
-        timeout: float | None = None,  # noqa: ASYNC109 - of the task, not of the call
-        on_event: OnEvent | None = None,
-        keep_on_cancel: bool = False,
         **more: Any,
     ) -> Any:
-        """Run a service in this session and return its result: see `Client.run`."""
-        return await self._client.run(
-            service,
-            start_arguments(arguments, more),
-            session=self,
-            timeout=timeout,
-            on_event=on_event,
-            keep_on_cancel=keep_on_cancel,
-        )
+        """Run a service in this session and return its result: see `Client.run` for the options."""
+        return await self._client.run(service, arguments, session=self, **more)
 
     async def state(self) -> dict[str, Any]:
         """The user's state. The contexts of workflows are not part of it."""

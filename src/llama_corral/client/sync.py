@@ -123,6 +123,9 @@ class SyncTask:
     def cancel(self) -> None:
         self._call(self._task.cancel)
 
+    def retry(self, *, fresh: bool = False) -> SyncTask:
+        return SyncTask(self._call, self._call(self._task.retry, fresh=fresh))
+
 
 class SyncSession:
     """See `Session`."""
@@ -261,6 +264,10 @@ class SyncClient:
         """See `Client.run`. `on_event` is called in the thread of the event loop: it must not wait, nor use this client.
         Ctrl-C cancels the task on the server."""
         return self._call(self._client.run, service, arguments, session=_plain(session), on_event=on_event, **options)
+
+    def retry(self, task_id: str, *, fresh: bool = False) -> SyncTask:
+        """See `Client.retry`."""
+        return self.task(task_id).retry(fresh=fresh)
 
     def task(self, task_id: str) -> SyncTask:
         return SyncTask(self._call, self._client.task(task_id))

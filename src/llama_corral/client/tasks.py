@@ -28,7 +28,8 @@ _ENDINGS: Final[dict[str, type[exc.TaskEnded]]] = {
 
 
 class TaskInfo(BaseModel):
-    """A task as the server describes it. Times are seconds since the epoch.
+    """A task as the server describes it. Times are seconds since the epoch. `attempts`: failures in a row so far; `error` of
+    a task that has not ended is that of its last attempt.
 
     `input`, `result` (the original's text) and `value` (the result as JSON) are there if one task was asked for; a list
     leaves them out.
@@ -42,8 +43,11 @@ class TaskInfo(BaseModel):
     status: TaskStatus
     implicit_session: bool = False
     attempts: int = 0
+    max_attempts: int | None = None
+    retry_of: str | None = None
     cancel_requested: bool = False
     created_at: float
+    not_before: float | None = None
     started_at: float | None = None
     finished_at: float | None = None
     deadline: float | None = None
@@ -151,6 +155,22 @@ class Task:
             Conflict: the task has ended.
         """
         await self._http.request("POST", self._path("cancel"), repeatable=True)
+
+    async def retry(self, *, fresh: bool = False) -> Task:
+        """Do again, as a new task, what this one did not complete. It goes on from the checkpoint that was left, if there
+        is one. Repeating the call answers the same task.
+
+        Args:
+            fresh: From the beginning.
+
+        Raises:
+            Conflict: the task has not ended, or completed.
+        """
+        params = {"fresh": "true"} if fresh else {}
+        answer = await self._http.request("POST", self._path("retry"), params=params, repeatable=True)
+        if not isinstance(answer, dict) or not isinstance(answer.get("task_id"), str):
+            raise not_ours(self._http.url, "its answer is no task")
+        return Task(self._http, answer["task_id"], self._reconnect_for, answer.get("session_id"))
 
     def _path(self, *more: str) -> str:
         return path_of("tasks", self.id, *more)

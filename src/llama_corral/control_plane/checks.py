@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any, Final
@@ -35,6 +34,12 @@ def check_timeout(timeout: float | None) -> float | None:
             f"timeout must be more than 0 and at most {MAX_TIMEOUT:.0f} seconds: {timeout!r}", name="timeout"
         )
     return timeout
+
+
+def check_number(name: str, value: float | None, least: float, most: float) -> None:
+    """None is always right. NaN is never."""
+    if value is not None and not least <= value <= most:
+        raise BadInput(f"{name} must be from {least:g} to {most:.10g}: {value!r}", name=name)
 
 
 def start_arguments(arguments: str | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -94,12 +99,6 @@ def check_event(events: str | None, payload: str) -> str:
             type=name,
         )
     return payload
-
-
-def digest(service_name: str, session_id: str | None, text: str, timeout: float | None) -> str:
-    """Identifies the content of a request, for a client that repeats it under the same id."""
-    content = json.dumps([service_name, session_id, timeout, from_json(text)], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 _EVENT_HINT = (

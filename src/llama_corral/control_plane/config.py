@@ -44,7 +44,17 @@ class ControlPlaneConfig(CorralSettings):
         30.0, gt=0, description="Seconds between two looks at what should have happened by itself."
     )
     publish_timeout: float = Field(5.0, gt=0, description="Seconds that the message queue gets for one message.")
-    max_attempts: int = Field(3, ge=1, description="How often a task may lose its worker before it is failed.")
+    max_attempts: int = Field(
+        3, ge=1, description="How often a task that does not say so itself may lose its worker before it is failed."
+    )
+    max_queued_tasks: int = Field(
+        100_000, ge=0, description="Tasks that may wait for one service; more are refused. 0: any number."
+    )
+    retention: float = Field(
+        7 * 86_400.0,
+        ge=0,
+        description="Seconds for which ended tasks are kept with all that belongs to them. 0: for ever.",
+    )
 
     @property
     def url(self) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import anyio
 
@@ -25,7 +27,10 @@ from ..protocol.records import (
 from . import checks
 from .config import ControlPlaneConfig
 from .effects import Effects
+from .leases import Strays
 from .registry import Registry
+
+logger = logging.getLogger(__name__)
 
 
 class StoreCoordinator(Coordinator):
@@ -39,24 +44,29 @@ class StoreCoordinator(Coordinator):
         self._registry = registry
         self._effects = effects
         self._now = now
+        self._strays = Strays(config.heartbeat_interval)
 
     async def register(self, info: ServiceInfo, local: LocalService | None = None) -> Registration:
         checks.check_id(info.service_name, "service_name")
+        checks.check_id(info.instance_id, "instance_id")
         # A service that claims says something of itself, if only that it takes anything.
         schema = "{}" if info.start_schema is None and info.events is None else info.start_schema
         service = ServiceRecord(info.service_name, info.definition, self._now(), info.events, schema)
-        instance = InstanceRecord(info.instance_id, info.service_name, info.capacity, self._now())
+        instance = InstanceRecord(
+            info.instance_id, info.service_name, info.capacity, self._now(), embedded=local is not None
+        )
         await self._store.put_service(service, instance)
         self._registry.learn(service)
         if local is not None:
             self._registry.add_local(info.service_name, info.instance_id, local)
-        return Registration(self.config.topic_namespace, self.config.heartbeat_interval)
+        return Registration(self.config.topic_namespace, self.config.heartbeat_interval, lease=self.config.lease)
 
     async def deregister(self, instance_id: str) -> None:
         self._registry.remove_instance(instance_id)
+        self._strays.forget(instance_id)
         with anyio.CancelScope(shield=True):
             # It should hold nothing any more; what it does hold is freed with it.
-            self._effects.tickets(await self._store.reap([instance_id], self._now()))
+            self._effects.lost(await self._store.reap([instance_id], self._now()), self._now())
 
     async def claim(self, ticket: Ticket, instance_id: str, nonce: str) -> Claim | None:
         return await self._store.claim(ClaimRequest(ticket.task_id, instance_id, nonce, self._now()))
@@ -71,10 +81,7 @@ class StoreCoordinator(Coordinator):
                 if terminal is None and report.events:
                     self._effects.changed(report.task_id, ended=False)
             if terminal is not None:
-                if answer.status == "ok":
-                    self._effects.endings.put(report.task_id, terminal)
-                self._effects.tickets(answer.tickets)
-                self._effects.changed(report.task_id)
+                self._effects.ended(report.task_id, terminal, answer)
         return answer
 
     async def release(
@@ -87,14 +94,24 @@ class StoreCoordinator(Coordinator):
         wake_at: float | None = None,
     ) -> ReportAnswer:
         with anyio.CancelScope(shield=True):
-            answer = await self._store.release(task_id, epoch, checkpoint, self._now(), idle=idle, wake_at=wake_at)
-            self._effects.tickets(answer.tickets)
-            # Nobody works on it now: a request that waits for it may want to know.
-            self._effects.changed(task_id)
+            now = self._now()
+            answer = await self._store.release(task_id, epoch, checkpoint, now, idle=idle, wake_at=wake_at)
+            self._effects.released(task_id, answer, now, wake_at)
         return answer
 
     async def heartbeat(self, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:
-        return await self._store.heartbeat(instance_id, held)
+        answer = await self._store.heartbeat(instance_id, held)
+        lost = self._strays.lost(instance_id, answer.strays, anyio.current_time())
+        if lost:
+            await self._reclaim(instance_id, lost)
+        return replace(answer, strays=())
+
+    async def _reclaim(self, instance_id: str, lost: Sequence[HeldTask]) -> None:
+        """Give tasks that an instance owns without knowing it to others, as if it had died with them."""
+        with anyio.CancelScope(shield=True):
+            tickets = await self._store.reclaim(instance_id, lost, self._now())
+            self._effects.lost(tickets, self._now())
+        logger.warning("%s did not know of %d of its tasks; they are taken away from it", instance_id, len(lost))
 
     async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage:
         return await self._store.pull(task_id, epoch, after)

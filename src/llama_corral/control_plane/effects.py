@@ -23,7 +23,8 @@ from ..events import Changes
 from ..exceptions import CorralError
 from ..protocol import topics
 from ..protocol.messages import ActionTypes, QueueMessage, TaskDefinition
-from ..protocol.records import ClaimRequest, SendAnswer, Terminal, Ticket
+from ..protocol.records import ClaimRequest, ReportAnswer, SendAnswer, Terminal, Ticket
+from .alarm import Alarm
 from .config import ControlPlaneConfig
 from .registry import Registry
 
@@ -33,6 +34,8 @@ Item = Ticket | tuple[QueueMessage, str, bool]
 """A ticket, or a message with its topic and whether everybody is to hear it."""
 OUTBOX_LIMIT: Final = 10_000
 PUBLISHERS: Final = 4
+LOOK_AGAIN: Final = 1.0
+"""Seconds after which tasks that lost their owner are looked at for deadlines: once for many of them."""
 MESSAGES_INSTANCE: Final = "messages"
 """The owner of tasks whose service takes them out of messages and never claims."""
 
@@ -83,6 +86,7 @@ class Effects:
         changes: Who reads what in this process.
         endings: Who waits for which ending in this process.
         in_doubt: Set when a ticket may not have been published: look into the store soon.
+        alarm: When something is due by itself.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Effects:
         self.changes = Changes()
         self.endings = Endings()
         self.in_doubt = anyio.Event()
+        self.alarm = Alarm()
         self.publisher_id = f"control_plane-{id(self):x}"
         self._store = store
         self._queue = queue
@@ -114,6 +119,34 @@ class Effects:
             self.wake(answer.owner, answer.task_id, kind)
         if answer.ended:
             self.changed(answer.task_id)
+
+    def ended(self, task_id: str, terminal: Terminal, answer: ReportAnswer) -> None:
+        """A report with an ending was answered. It may have led to another attempt instead."""
+        if answer.retry_at is not None:
+            self.alarm.add(answer.retry_at)
+            self.changed(task_id, ended=False)
+        else:
+            # What is repeated after a lost answer does not say whether it ended the task: whoever waits asks the store.
+            if answer.status == "ok" and not (terminal.error is not None and terminal.error.retryable):
+                self.endings.put(task_id, terminal)
+            self.changed(task_id)
+        self.tickets(answer.tickets)
+
+    def lost(self, tickets: Iterable[Ticket], now: float) -> None:
+        """Tasks were taken away from an instance. Some may have ended with it: the answer does not name them, and it is
+        rare."""
+        self.changes.notify_all()
+        self.tickets(tickets)
+        self.alarm.add(now + LOOK_AGAIN)
+
+    def released(self, task_id: str, answer: ReportAnswer, now: float, wake_at: float | None = None) -> None:
+        """A task was handed back, or its run has left memory."""
+        self.alarm.add(wake_at)
+        # Its deadline was its owner's business until now, and only the store knows it.
+        self.alarm.add(now + LOOK_AGAIN)
+        self.tickets(answer.tickets)
+        # A request that waits for it may want to know that nobody works on it.
+        self.changed(task_id)
 
     def wake(self, instance_id: str, task_id: str, kind: str) -> None:
         if instance_id != MESSAGES_INSTANCE:
@@ -178,7 +211,7 @@ class Effects:
             await (self._queue.broadcast(message, topic) if everybody else self._queue.publish(message, topic))
 
     async def _publish_ticket(self, ticket: Ticket) -> None:
-        if not await self._messages_only(ticket.service_name):
+        if not await self.messages_only(ticket.service_name):
             # Who claims gets everything else with the claim, in the version that is stored then.
             await self._publish_task(TaskDefinition(input="", task_id=ticket.task_id, agent_id=ticket.service_name))
             return
@@ -202,14 +235,15 @@ class Effects:
         )
         await self._queue.publish(message, topics.topic(self._namespace, definition.agent_id))
 
-    async def _messages_only(self, service_name: str) -> bool:
+    async def messages_only(self, service_name: str) -> bool | None:
+        """Whether a service takes its tasks out of messages and never claims. None: there is no such service."""
         known = self._registry.is_messages_only(service_name)
         if known is None:
             service = await self._store.get_service(service_name)
             if service is not None:
                 self._registry.learn(service)
             known = self._registry.is_messages_only(service_name)
-        return bool(known)
+        return known
 
     def statistics(self) -> Mapping[str, Any]:
         return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..protocol.records import InstanceRecord
+from ..protocol.records import HeldTask, InstanceRecord
 
 
 class Leases:
@@ -28,3 +28,32 @@ class Leases:
             seen[instance.instance_id] = before if before is not None and before[0] == counter else (counter, now)
         self._seen = seen
         return [instance_id for instance_id, (_, moved) in seen.items() if now - moved > self._lease]
+
+
+class Strays:
+    """Which strays are really lost: tasks that an instance owns and does not name in its heartbeats.
+
+    One heartbeat proves nothing: the answer to the claim may be on its way. A stray is lost if every heartbeat named it
+    for one interval at least, from the first of them to the last.
+    """
+
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
+        self._seen: dict[str, dict[tuple[str, int], float]] = {}
+
+    def lost(self, instance_id: str, strays: Iterable[HeldTask], now: float) -> list[HeldTask]:
+        """Take the answer to one heartbeat in and say what to take away from the instance. `now` is monotonic."""
+        before = self._seen.get(instance_id, {})
+        seen = {(each.task_id, each.epoch): before.get((each.task_id, each.epoch), now) for each in strays}
+        lost = [HeldTask(*key) for key, first in seen.items() if now - first >= self._interval]
+        for each in lost:
+            del seen[each.task_id, each.epoch]
+        if seen:
+            self._seen[instance_id] = seen
+        else:
+            self._seen.pop(instance_id, None)
+        return lost
+
+    def forget(self, instance_id: str) -> None:
+        """The instance has gone."""
+        self._seen.pop(instance_id, None)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 import math
 import time
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Protocol, Self, Unpack
 
 import anyio
 
@@ -21,27 +22,27 @@ from ..abc import MessageQueue, Store
 from ..events import LogReader, Watch, read_log, wait_terminal
 from ..exceptions import BadInput, Draining, NotFound, UsageError
 from ..protocol.lifecycle import TaskStatus
-from ..protocol.messages import ActionTypes, QueueMessage, TaskDefinition, TaskStream, new_id
+from ..protocol.messages import ActionTypes, QueueMessage, TaskDefinition, TaskStream
 from ..protocol.records import (
     Accepted,
-    ClaimRequest,
+    DeadLetter,
     EventPage,
-    NewTask,
     SendAnswer,
     TaskFilter,
     TaskRecord,
     Terminal,
-    Ticket,
 )
 from ..supervision import SupportGroup, open_support_group
 from . import checks
+from .acceptance import Acceptance
 from .config import ControlPlaneConfig
 from .coordinator import StoreCoordinator
 from .effects import MESSAGES_INSTANCE, Effects
-from .inbound import Inbound
+from .inbound import DeadLetters, Inbound
+from .options import TaskOptions
 from .registry import Registry
 from .reports import MessageReports
-from .sessions import Services, Sessions, no_such_service
+from .sessions import Services, Sessions
 from .upkeep import Upkeep
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ DRAIN_PATIENCE: Final = 3.0
 """Seconds that a request waiting for an ending gets when the process begins to stop."""
 OWNER_GRACE: Final = 2.0
 """Seconds after a deadline that an owner gets to report the ending before a waiting request is answered without it."""
+
+_SESSIONS: Final = uuid.UUID("0e2f6b1c-4c1d-4c0e-9d53-6a0c5a7f3a5e")
 
 
 class Stop(Protocol):
@@ -102,7 +105,9 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         self._alone = alone
         self._reports = MessageReports(store, self._effects, now)
         self._upkeep = Upkeep(store, queue, registry, self._effects, self._reports, config, now)
-        self._inbound = Inbound(queue, config.topic_namespace, self.process_message)
+        self._acceptance = Acceptance(store, registry, self._effects, config, now)
+        self._inbound = Inbound(queue, config.topic_namespace, self._effects.publisher_id, self.process_message)
+        self._dead_letters = DeadLetters(store, queue, config.topic_namespace, now)
         self.sessions = Sessions(store, self._effects, now)
         self.services = Services(store, registry, now)
 
@@ -113,11 +118,14 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
             await support.start(self._effects.publish_forever, name="publish", grace=CLOSING_TIME)
             await self._upkeep.start(alone=self._alone)
             support.start_soon(self._upkeep.backstop_forever, name="backstop")
-            support.start_soon(self._upkeep.deadlines_forever, name="deadlines")
+            support.start_soon(self._upkeep.alarm_forever, name="alarm")
             support.start_soon(self._reap, name="reaper")
             if not self._alone:
                 support.start_soon(self._upkeep.listen_forever, name="other control planes")
             support.start_soon(self._inbound.consume_forever, name="messages of services")
+            support.start_soon(self._dead_letters.consume_forever, name="dead letters")
+            if self.config.retention:
+                support.start_soon(self._upkeep.purge_forever, name="retention")
             try:
                 yield self
             finally:
@@ -159,8 +167,8 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         *,
         session_id: str | None = None,
         task_id: str | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - of the task, not of the call
         client_id: bool = True,
+        **options: Unpack[TaskOptions],
     ) -> Accepted:
         """Accept a task. When this returns it is stored and will end in exactly one record; whether it has started, or
         waits for a slot or its turn, is in the answer's status. A cancelled call may or may not have stored it.
@@ -169,67 +177,39 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
             arguments: The start arguments of the workflow: a JSON object, or the text of one.
             session_id: Run in this session; None: in one of its own, which ends with the task.
             task_id: An id chosen by the client. The same again under the same id is answered as the first time.
-            timeout: Seconds until the task, wherever it is, ends as timed out.
             client_id: False if `task_id` is fresh, so that nobody will repeat it.
+            options: When it starts and ends at the latest, how often it is tried: see `TaskOptions`.
 
         Raises:
             NotFound: the service or the session does not exist.
-            BadInput: the arguments are no JSON object, or the workflow refuses them; a bad id or timeout.
+            BadInput: the arguments are no JSON object, or the workflow refuses them; a bad id or option.
             Conflict: the task id belongs to another request; the session is busy and takes one task at a time.
+            TooManyTasks: `max_queued_tasks` wait for the service already. Nothing was stored.
             Draining: this process stops.
         """
+        self._check_draining()
+        return await self._acceptance.submit(
+            service_name, arguments, session_id=session_id, task_id=task_id, client_id=client_id, options=options
+        )
+
+    async def retry(self, task_id: str, *, fresh: bool = False) -> Accepted:
+        """Do again what an ended task did not complete, as a new task; the old one stays as it ended. It has no deadline.
+        Repeating the call answers the same task.
+
+        Args:
+            fresh: From the beginning, also where a checkpoint was left to go on from.
+
+        Raises:
+            NotFound: no such task.
+            Conflict: it has not ended, or completed; its session is gone, or busy and takes one task at a time.
+            Draining: this process stops.
+        """
+        self._check_draining()
+        return await self._acceptance.retry(task_id, fresh=fresh)
+
+    def _check_draining(self) -> None:
         if self.draining:
             raise Draining("This control plane is stopping.", hint="Send the request again; another one may answer it.")
-        text, parsed = checks.start_arguments(arguments)
-        checks.check_timeout(timeout)
-        await self._check_start(service_name, parsed)
-        now = self._now()
-        task = NewTask(
-            task_id=new_id() if task_id is None else checks.check_id(task_id, "task_id"),
-            service_name=service_name,
-            input=text,
-            created_at=now,
-            session_id=session_id,
-            deadline=None if timeout is None else now + timeout,
-            max_attempts=self.config.max_attempts,
-            digest=checks.digest(service_name, session_id, text, timeout) if task_id and client_id else None,
-        )
-        with anyio.CancelScope(shield=True):
-            accepted = await self._accept(task)
-        if task.deadline is not None:
-            self._upkeep.deadlines.add(task.deadline, now)
-        return accepted
-
-    async def _check_start(self, service_name: str, arguments: Mapping[str, Any]) -> None:
-        local = self._registry.local(service_name)
-        if local is not None:
-            local.check_start(arguments)
-            return
-        service = await self._store.get_service(service_name)
-        if service is None:
-            raise no_such_service(service_name)
-        self._registry.learn(service)
-        checks.check_start(service.start_schema, arguments)
-
-    async def _accept(self, task: NewTask) -> Accepted:
-        """Store it, with the claim if an instance here has a free slot; whichever it is, exactly one way starts it."""
-        reservation = self._registry.reserve(task.service_name)
-        if reservation is None:
-            accepted = await self._store.accept(task)
-        else:
-            try:
-                request = ClaimRequest(task.task_id, reservation.instance_id, new_id(), task.created_at)
-                accepted = await self._store.accept(task, request)
-            except BaseException:
-                reservation.cancel()
-                raise
-            if accepted.claim is None:
-                reservation.cancel()
-            else:
-                reservation.start(accepted.claim)
-        if accepted.status is TaskStatus.QUEUED:
-            self._effects.tickets([Ticket(accepted.task_id, task.service_name)])
-        return accepted
 
     async def run(
         self,
@@ -238,9 +218,9 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         *,
         task_id: str,
         session_id: str | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - of the task, not of the call
         client_id: bool = False,
         abandoned: Callable[[], bool] = lambda: True,
+        **options: Unpack[TaskOptions],
     ) -> tuple[Accepted, Terminal | None]:
         """`submit`, then wait for the ending. None: this process stops, or the owner did not end the task in time; the
         task goes on.
@@ -252,10 +232,10 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         effects = self._effects
         with effects.changes.watch(task_id, endings_only=True) as watch, effects.endings.expect(task_id):
             accepted = await self.submit(
-                service_name, arguments, session_id=session_id, task_id=task_id, timeout=timeout, client_id=client_id
+                service_name, arguments, session_id=session_id, task_id=task_id, client_id=client_id, **options
             )
             try:
-                return accepted, await self._wait_ending(accepted, watch, timeout)
+                return accepted, await self._wait_ending(accepted, watch, options.get("timeout"))
             except anyio.get_cancelled_exc_class():
                 if accepted.created and abandoned():
                     with anyio.move_on_after(CLOSING_TIME, shield=True):
@@ -349,8 +329,14 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         """Raises `NotFound`."""
         record = await self._store.get_task(task_id)
         if record is None:
-            raise NotFound(f"There is no task {task_id!r}.", hint="GET /tasks lists the tasks.", task_id=task_id)
+            raise self._no_such_task(task_id)
         return record
+
+    def _no_such_task(self, task_id: str) -> NotFound:
+        kept = self.config.retention
+        age = f", or ended more than {kept / 86_400:.3g} days ago" if kept else ""
+        hint = f"GET /tasks lists the tasks. It may have been deleted{age}."
+        return NotFound(f"There is no task {task_id!r}.", hint=hint, task_id=task_id)
 
     async def list_tasks(self, which: TaskFilter) -> list[TaskRecord]:
         return await self._store.list_tasks(which)
@@ -359,8 +345,12 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         """What is in the log now. Raises `NotFound`."""
         page = await self._store.read_events(task_id, start, limit)
         if page is None:
-            raise NotFound(f"There is no task {task_id!r}.", task_id=task_id)
+            raise self._no_such_task(task_id)
         return page
+
+    async def list_dead_letters(self, *, before: int | None = None, limit: int = 100) -> list[DeadLetter]:
+        """Messages that nobody could read or handle, newest first, from the one before number `before` on."""
+        return await self._store.list_dead_letters(before=before, limit=limit)
 
     def open_log(self, task_id: str, start: int = 0, *, drain: Any = None) -> LogReader:
         """The task's events from `start` to the terminal record, as they come: see `events.read_log`."""
@@ -402,7 +392,13 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         """A task as the original's clients write it; without a session it gets one of its own, which stays."""
         if not definition.agent_id:
             raise BadInput("The task does not name its service: agent_id is missing.", hint="GET /services lists them.")
-        session_id = definition.session_id or (await self.sessions.create()).session_id
+        session_id = definition.session_id
+        if not session_id:
+            # Whoever is refused leaves nothing, and whoever repeats a message means the same session.
+            checks.check_id(definition.task_id, "task_id")
+            await self._acceptance.check_start(definition.agent_id, checks.start_arguments(definition.input)[1])
+            session_id = str(uuid.uuid5(_SESSIONS, definition.task_id))
+            await self.sessions.get_or_create(session_id)
         return await self.submit(
             definition.agent_id, definition.input, session_id=session_id, task_id=definition.task_id
         )

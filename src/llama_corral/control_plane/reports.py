@@ -55,7 +55,7 @@ class MessageReports:
 
         Raises:
             NotFound: no such task.
-            Conflict: an instance holds the task; only that one may report.
+            Conflict: an instance holds the task, or will claim it; only that one may report.
         """
         progress = await self._find(event.task_id)
         if progress is None:
@@ -92,7 +92,9 @@ class MessageReports:
         if record.status.is_terminal:
             logger.info("a message about the task %s came after its end", task_id)
             return None
-        claim = await self._store.claim(messages_claim(task_id, self._now()))
+        # Claiming a task that waits for an instance would take it from the line, and nobody would ever end it.
+        strays = record.owner != MESSAGES_INSTANCE and await self._effects.messages_only(record.service_name) is False
+        claim = None if strays else await self._store.claim(messages_claim(task_id, self._now()))
         if claim is None:
             raise Conflict(
                 f"The task {task_id!r} is {record.status.value} and not a task of a service that reports by messages.",
@@ -127,8 +129,7 @@ class MessageReports:
     async def _end(self, task_id: str, epoch: int, terminal: Terminal) -> None:
         with anyio.CancelScope(shield=True):
             answer = await self._store.report(Report(task_id, epoch, seq=LAST_SEQ, now=self._now(), terminal=terminal))
-        self._effects.tickets(answer.tickets)
-        self._effects.changed(task_id)
+            self._effects.ended(task_id, terminal, answer)
         self._progress.pop(task_id, None)
 
 

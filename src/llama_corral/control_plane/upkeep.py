@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-import heapq
 import logging
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Final
 
 import anyio
@@ -28,36 +26,9 @@ logger = logging.getLogger(__name__)
 
 START_TICKETS: Final = 1_000_000
 BACKSTOP_TICKETS: Final = 1_000
+PURGE_BATCH: Final = 200
+ALARM_GAP: Final = 0.02
 FIRST_RETRY: Final = 0.5
-
-
-class Deadlines:
-    """Wakes whoever sleeps until the next deadline. Deadlines are rounded up by a 64th of their distance, a second at
-    most: a million tasks with a minute each are some hundred wake-ups and numbers."""
-
-    def __init__(self) -> None:
-        self._heap: list[float] = []
-        self._known: set[float] = set()
-        self._earlier = anyio.Event()
-
-    def add(self, deadline: float, now: float) -> None:
-        # Powers of two, so that deadlines at slightly different distances share their numbers.
-        step = 2.0 ** min(0, max(-5, math.floor(math.log2(max(deadline - now, 1e-3) / 64))))
-        due = math.ceil(deadline / step) * step
-        if due not in self._known:
-            self._known.add(due)
-            heapq.heappush(self._heap, due)
-            if self._heap[0] == due:
-                self._earlier.set()
-
-    async def wait_due(self, now: Callable[[], float]) -> None:
-        while not self._heap or self._heap[0] > now():
-            self._earlier = anyio.Event()
-            # At most an hour at once: wall clocks are set, and a timer of the loop does not notice.
-            with anyio.move_on_after(min(3600.0, self._heap[0] - now()) if self._heap else None):
-                await self._earlier.wait()
-        while self._heap and self._heap[0] <= now():
-            self._known.remove(heapq.heappop(self._heap))
 
 
 class Upkeep:
@@ -73,7 +44,6 @@ class Upkeep:
         config: ControlPlaneConfig,
         now: Callable[[], float],
     ) -> None:
-        self.deadlines = Deadlines()
         self._store = store
         self._queue = queue
         self._registry = registry
@@ -81,6 +51,7 @@ class Upkeep:
         self._reports = reports
         self._config = config
         self._now = now
+        self._looked: float | None = None
 
     # Once, before anything else
 
@@ -88,27 +59,66 @@ class Upkeep:
         """Bring what earlier processes left behind back to life.
 
         Args:
-            alone: Nobody else has the store, so every instance in it is dead, and every task that one holds is free.
+            alone: Nobody else has the store, so every embedded instance in it is dead, and every task that one holds is
+                free. Workers are processes of their own, and live on.
         """
         if alone:
-            left = [instance.instance_id for instance in await self._store.list_instances()]
+            left = [each.instance_id for each in await self._store.list_instances() if each.embedded]
             if left:
                 tickets = await self._store.reap(left, self._now())
                 logger.info("took over from %d instances of an earlier process: %d tasks", len(left), len(tickets))
         for service in await self._store.list_services():
             self._registry.learn(service)
-        await self.expire()
-        self._effects.tickets(await self._store.due_tickets(limit=START_TICKETS, now=self._now()))
+        await self.look()
+        self._effects.tickets(await self._due(START_TICKETS, everything=not self._queue.durable))
 
     # Timers
 
+    async def alarm_forever(self) -> None:
+        """Do what is due when it is due."""
+        while True:
+            await self._effects.alarm.wait_due(self._now)
+            try:
+                await self.look()
+            except Unavailable as error:
+                logger.warning("could not look at what is due; the backstop will: %s", error)
+            # Not oftener, however many moments there are.
+            await anyio.sleep(ALARM_GAP)
+
+    async def look(self) -> None:
+        """End what nobody holds and whose time is over, wake what waits for a timer, ticket what may start now; then set
+        the alarm for what comes next. Owners end their own tasks."""
+        now = self._now()
+        with anyio.CancelScope(shield=True):
+            for answer in await self._store.expire(now):
+                self._effects.answered(answer, "timed_out")
+            self._effects.tickets(await self._store.wake(now))
+        if self._looked is not None:
+            self._effects.tickets(await self._store.due_tickets(limit=START_TICKETS, now=now, since=self._looked))
+        self._looked = now
+        await self._expire_messages_only()
+        self._effects.alarm.add(await self._store.next_due(now))
+
+    async def _expire_messages_only(self) -> None:
+        # Their services do not know about deadlines, and we are the owner.
+        for name in list(self._registry.messages_only()):
+            which = TaskFilter((TaskStatus.RUNNING, TaskStatus.WAITING), service_name=name, limit=BACKSTOP_TICKETS)
+            for record in await self._store.list_tasks(which):
+                if record.deadline is None or record.owner != MESSAGES_INSTANCE:
+                    continue
+                if record.deadline <= self._now():
+                    await self._reports.end(record, TaskStatus.TIMED_OUT, "The task's deadline passed.")
+                else:
+                    self._effects.alarm.add(record.deadline)
+
     async def backstop_forever(self) -> None:
-        """Look every now and then, and soon after a message could not be published, for tickets that nobody has."""
+        """Look every now and then, and soon after a message could not be published, for what should have happened."""
         retry = FIRST_RETRY
         while True:
             with anyio.move_on_after(self._config.backstop_interval):
                 await self._effects.in_doubt.wait()
-            if self._effects.in_doubt.is_set():
+            doubt = self._effects.in_doubt.is_set()
+            if doubt:
                 # Not at once: whatever failed has failed just now.
                 await anyio.sleep(retry)
                 retry = min(self._config.backstop_interval, retry * 2)
@@ -116,43 +126,39 @@ class Upkeep:
                 retry = FIRST_RETRY
             self._effects.in_doubt = anyio.Event()
             try:
-                self._effects.tickets(
-                    self._unheard(await self._store.due_tickets(limit=BACKSTOP_TICKETS, now=self._now()))
-                )
-                await self.expire()
+                self._effects.tickets(await self._due(BACKSTOP_TICKETS, everything=doubt))
+                await self.look()
             except Unavailable as error:
                 logger.warning("the backstop could not look: %s", error)
                 self._effects.in_doubt.set()
 
-    def _unheard(self, due: Iterable[Ticket]) -> list[Ticket]:
-        """Without those in whose topic messages still wait: publishing again is free once, not every time."""
+    async def _due(self, limit: int, *, everything: bool) -> list[Ticket]:
+        """Queued tasks whose ticket may be lost: publishing one again is free once, not every time.
+
+        Never those in whose topic messages still wait, where the queue knows that. Without `everything` only those of
+        services with a free slot: somebody would have taken them. Where no slot is free, tickets waiting is as it should
+        be, and in a queue that cannot count them every look would leave one more of each.
+        """
         waiting = self._queue.statistics().get("topics", {})
         namespace = self._config.topic_namespace
-        return [ticket for ticket in due if not waiting.get(topics.topic(namespace, ticket.service_name))]
+        queued = {name: counts.get("queued", 0) for name, counts in (await self._store.count_tasks()).items()}
+        unheard = [name for name, number in queued.items() if number and not waiting.get(topics.topic(namespace, name))]
+        if unheard and not everything:
+            free = await self._with_free_slots()
+            # Services that take tasks out of messages have no slots that anybody knows of.
+            unheard = [name for name in unheard if name in free or self._registry.is_messages_only(name)]
+        tickets: list[Ticket] = []
+        for name in unheard:
+            tickets += await self._store.due_tickets(limit=limit, now=self._now(), service_name=name)
+        return tickets
 
-    async def deadlines_forever(self) -> None:
-        """End what nobody holds when its time is over. Owners end their own."""
-        while True:
-            await self.deadlines.wait_due(self._now)
-            try:
-                await self.expire()
-            except Unavailable as error:
-                logger.warning("could not end overdue tasks; the backstop will: %s", error)
-
-    async def expire(self) -> None:
-        with anyio.CancelScope(shield=True):
-            for answer in await self._store.expire(self._now()):
-                self._effects.answered(answer, "timed_out")
-        await self._expire_messages_only()
-
-    async def _expire_messages_only(self) -> None:
-        # Their services do not know about deadlines, and we are the owner.
-        for name in list(self._registry.messages_only()):
-            which = TaskFilter((TaskStatus.RUNNING, TaskStatus.WAITING), service_name=name, limit=BACKSTOP_TICKETS)
-            for record in await self._store.list_tasks(which):
-                overdue = record.deadline is not None and record.deadline <= self._now()
-                if overdue and record.owner == MESSAGES_INSTANCE:
-                    await self._reports.end(record, TaskStatus.TIMED_OUT, "The task's deadline passed.")
+    async def _with_free_slots(self) -> set[str]:
+        free: dict[str, int] = {}
+        for instance in await self._store.list_instances():
+            free[instance.service_name] = free.get(instance.service_name, 0) + instance.capacity
+        for name, counts in (await self._store.count_tasks()).items():
+            free[name] = free.get(name, 0) - counts.get("running", 0)
+        return {name for name, slots in free.items() if slots > 0}
 
     async def reap_forever(self, *, alone: bool) -> None:
         """Queue again what dead instances hold. Those of this process live as long as it does."""
@@ -176,12 +182,26 @@ class Upkeep:
             return
         with anyio.CancelScope(shield=True):
             tickets = await self._store.reap(dead, self._now())
-            # Some may have failed with it; the answer does not name them, and this is rare.
-            self._effects.changes.notify_all()
-            self._effects.tickets(tickets)
+            self._effects.lost(tickets, self._now())
         logger.warning(
             "lost %d instances (%s); %d tasks are queued again", len(dead), ", ".join(dead[:5]), len(tickets)
         )
+
+    async def purge_forever(self) -> None:
+        """Remove what ended longer than the retention time ago, in batches with pauses of the same length: at most half of
+        the writer's time, whatever there is to remove."""
+        retention = self._config.retention
+        while retention:
+            try:
+                while True:
+                    began = anyio.current_time()
+                    removed = await self._store.purge(self._now() - retention, limit=PURGE_BATCH)
+                    if removed < PURGE_BATCH:
+                        break
+                    await anyio.sleep(anyio.current_time() - began)
+            except Unavailable as error:
+                logger.warning("could not remove old tasks; the next look will: %s", error)
+            await anyio.sleep(max(1.0, min(60.0, retention / 4)))
 
     async def listen_forever(self) -> None:
         """Hear what other control planes on the same store have changed."""

@@ -10,7 +10,7 @@ from typing import Final, Self
 import anyio
 from anyio.lowlevel import checkpoint
 
-from ..exceptions import CorralError
+from ..exceptions import CorralError, Draining
 from ..protocol.records import EventPage
 from .encoding import SSE_HEARTBEAT, ndjson_line, sse_drain, sse_end, sse_error, sse_event
 from .log import LogReader
@@ -19,7 +19,8 @@ HEARTBEAT: Final = 15.0
 
 
 class NdjsonBody:
-    """One line for each event and no other lines. It ends with the log, and at drain (`log.drained` tells)."""
+    """One line for each event and no other lines. It ends with the log; at drain it raises `Draining`, so that the body
+    breaks off: the format has no other way to say that it is not complete."""
 
     def __init__(self, log: LogReader) -> None:
         self.log = log
@@ -29,9 +30,13 @@ class NdjsonBody:
 
     async def __anext__(self) -> bytes:
         while True:
-            page = await anext(self.log)
-            if page.events:
+            page = await anext(self.log, None)
+            if page is not None and page.events:
                 return b"".join(map(ndjson_line, page.events))
+            if page is None:
+                if self.log.drained:
+                    raise Draining("This server is stopping; the log goes on.", hint="Read on from where you are.")
+                raise StopAsyncIteration
 
 
 class SseBody:

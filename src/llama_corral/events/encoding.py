@@ -88,9 +88,8 @@ def parse_cursor(last_event_id: str | None = None, start: str | None = None) -> 
     Raises:
         BadInput: not a decimal number from 0 on.
     """
-    if last_event_id is not None:
-        return _index(last_event_id, "Last-Event-ID") + 1
-    return 0 if start is None else _index(start, "from")
+    first = 0 if start is None else _index(start, "from")
+    return first if last_event_id is None else _index(last_event_id, "Last-Event-ID") + 1
 
 
 def _index(text: str, name: str) -> int:

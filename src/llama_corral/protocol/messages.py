@@ -17,6 +17,16 @@ def new_id() -> str:
     return str(uuid.uuid4())
 
 
+def id_of_key(service_name: str, key: str) -> str:
+    """The id of the task that an `Idempotency-Key` means: the same for the same service and key, wherever it is asked."""
+    return str(uuid.uuid5(_KEYS, f"{service_name}\n{key}"))
+
+
+_KEYS = uuid.UUID("5a7f3a5e-6a0c-4d53-9c0e-1b1f2f0f7b1d")
+MAX_KEY = 255
+"""The most characters of an `Idempotency-Key`."""
+
+
 class ActionTypes(StrEnum):
     """What a message asks its receiver to do. `WAKE_UP` is ours: something about a task changed, pull it."""
 

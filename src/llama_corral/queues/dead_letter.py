@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from pydantic import BaseModel
+
 from ..protocol.messages import QueueMessage
 
 DEAD_LETTER_TYPE = "dead_letter"
 MAX_RAW_CHARACTERS = 100_000
+
+
+class Letter(BaseModel):
+    """The `data` of a message in the dead-letter topic. `message` is the whole message, which can be published again as
+    it is; `raw` the beginning of what could not be parsed. `failures`: how often it was tried."""
+
+    topic: str
+    reason: str
+    failures: int = 0
+    message: dict[str, Any] | None = None
+    raw: str | None = None
 
 
 def dead_letter(
@@ -16,15 +31,11 @@ def dead_letter(
     publisher_id: str = "default",
     failures: int = 0,
 ) -> QueueMessage:
-    """The message to publish to `protocol.topics.dead_letter(namespace)`.
-
-    `data` holds the `topic` it came from, the `reason`, the number of `failures` and either the whole `message`, which
-    can be published again as it is, or as `raw` the beginning of what could not be parsed.
-    """
-    data: dict[str, object] = {"topic": topic, "reason": reason, "failures": failures}
+    """The message to publish to `protocol.topics.dead_letter(namespace)`; its `data` is a `Letter`."""
+    letter = Letter(topic=topic, reason=reason, failures=failures)
     if isinstance(content, QueueMessage):
-        data["message"] = content.model_dump(mode="json")
+        letter.message = content.model_dump(mode="json")
     else:
         text = content.decode(errors="replace") if isinstance(content, bytes) else content
-        data["raw"] = text[:MAX_RAW_CHARACTERS]
-    return QueueMessage(publisher_id=publisher_id, type=DEAD_LETTER_TYPE, data=data)
+        letter.raw = text[:MAX_RAW_CHARACTERS]
+    return QueueMessage(publisher_id=publisher_id, type=DEAD_LETTER_TYPE, data=letter.model_dump(exclude_none=True))

@@ -79,9 +79,15 @@ def pull(tx: Transaction, task_id: str, epoch: int, after: int) -> InboxPage:
     return InboxPage("ok", events, state.inbox_head, bool(state.cancel_requested))
 
 
-def due_tickets(tx: Transaction, now: float | None, limit: int) -> list[Ticket]:
+def due_tickets(
+    tx: Transaction, now: float | None, since: float | None, service_name: str | None, limit: int
+) -> list[Ticket]:
     if now is None:
         rows = tx.all(tx.sql.queued_tickets, {"limit": limit})
+    elif since is not None:
+        rows = tx.all(tx.sql.due_since, {"limit": limit, "now": now, "since": since})
+    elif service_name is not None:
+        rows = tx.all(tx.sql.due_of_service, {"limit": limit, "now": now, "service_name": service_name})
     else:
         rows = tx.all(tx.sql.due_tickets, {"limit": limit, "now": now})
     return [Ticket(*row) for row in rows]

@@ -247,8 +247,15 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
     async def reap(self, dead_instances: Sequence[str], now: float) -> list[Ticket]:
         return await self._write(recovery_units.reap, tuple(dead_instances), now)
 
-    async def due_tickets(self, *, limit: int = 1000, now: float | None = None) -> list[Ticket]:
-        return await self._read(queries.due_tickets, now, max(limit, 0))
+    async def due_tickets(
+        self,
+        *,
+        limit: int = 1000,
+        now: float | None = None,
+        since: float | None = None,
+        service_name: str | None = None,
+    ) -> list[Ticket]:
+        return await self._read(queries.due_tickets, now, since, service_name, max(limit, 0))
 
     # Replay, timers, upkeep
 

@@ -74,6 +74,9 @@ class Door:
         elif request.path not in OPEN_PATHS:
             self._check_token(self.token, request)
         length = request.headers.get("content-length", "")
+        if length and "transfer-encoding" in request.headers:
+            # A proxy may believe the other one, and take for a request what we take for a body.
+            raise Malformed("both Content-Length and Transfer-Encoding are given", hint="send one of them")
         if length.isdecimal() and int(length) > self.app.settings.body_limit:
             raise self.too_large()
 

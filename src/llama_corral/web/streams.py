@@ -18,6 +18,7 @@ from typing import Any
 import trio
 from pydantic_core import to_json
 
+from ..exceptions import Draining
 from ..log_ids import REQUEST_ID
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,9 @@ class Stream:
             try:
                 async for item in self.source:
                     await hand_over.send(self.encode(item))
+            except Draining:
+                ending.failed = True
+                logger.info("request %s: the stream breaks off: the server stops", REQUEST_ID.get())
             except Exception:
                 ending.failed = True
                 logger.exception("request %s: the source of a stream raised; the answer is cut short", REQUEST_ID.get())

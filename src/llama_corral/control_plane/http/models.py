@@ -9,11 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...protocol.lifecycle import TaskStatus
 from ...protocol.messages import ErrorRecord, SessionDefinition, TaskDefinition
-from ...protocol.records import SessionPolicy, SessionRecord, TaskRecord
+from ...protocol.records import DeadLetter, SessionPolicy, SessionRecord, TaskRecord
 from ...web import ErrorBody
 from ..checks import MAX_TIMEOUT
+from ..options import MAX_ATTEMPTS, MAX_BACKOFF, MAX_DELAY, MAX_FACTOR, MAX_NAMES, TaskOptions, retry_policy
 
 Seconds = Annotated[float, Field(gt=0, le=MAX_TIMEOUT, allow_inf_nan=False)]
+Pause = Annotated[float, Field(ge=0, le=MAX_BACKOFF, allow_inf_nan=False)]
 PageSize = Annotated[int, Field(ge=1, le=10_000)]
 
 
@@ -54,6 +56,40 @@ class SessionTasksQuery(Strict):
 
 class SubmitQuery(Strict):
     timeout: Seconds | None = Field(None, description="Seconds until the task ends as timed out.")
+    delay: Annotated[float, Field(ge=0, le=MAX_DELAY, allow_inf_nan=False)] | None = Field(
+        None, description="Seconds before which the task does not start."
+    )
+    not_before: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None, description="The same as a time: seconds since the epoch."
+    )
+    max_attempts: Annotated[int, Field(ge=1, le=MAX_ATTEMPTS)] | None = Field(
+        None, description="How often the task may be tried: lost workers count, and the errors in `retry_on`."
+    )
+    retry_on: list[str] = Field(
+        default=[],
+        max_length=MAX_NAMES,
+        description="Class of an error of the workflow after which it is tried again, bare or with its module, or a base"
+        " of it; `*` for any. Repeat it for several. Without it no error is.",
+    )
+    backoff: Pause | None = Field(None, description="Seconds before the second attempt; 1 if not given.")
+    backoff_factor: Annotated[float, Field(ge=1, le=MAX_FACTOR, allow_inf_nan=False)] | None = Field(
+        None, description="By what each further pause is longer; 2 if not given."
+    )
+    max_backoff: Pause | None = Field(None, description="The longest pause, in seconds; 60 if not given.")
+
+    def options(self) -> TaskOptions:
+        """Raises `BadInput` for options that contradict each other."""
+        if not self.model_fields_set:
+            return {}
+        return {
+            "timeout": self.timeout,
+            "delay": self.delay,
+            "not_before": self.not_before,
+            "max_attempts": self.max_attempts,
+            "retry": retry_policy(
+                self.retry_on, backoff=self.backoff, factor=self.backoff_factor, max_backoff=self.max_backoff
+            ),
+        }
 
 
 class ResultQuery(Strict):
@@ -71,6 +107,15 @@ class EventsQuery(Strict):
     )
 
 
+class RetryQuery(Strict):
+    fresh: bool = Field(False, description="From the beginning, also where a checkpoint was left.")
+
+
+class DeadLettersQuery(Strict):
+    before: int | None = Field(None, description="Number at which the page before this one ended.")
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+
+
 class TasksQuery(Strict):
     status: list[TaskStatus] = Field(default=[], description="Repeat it for several.")
     service: str | None = None
@@ -79,9 +124,8 @@ class TasksQuery(Strict):
     limit: Annotated[int, Field(ge=1, le=1000)] = 100
 
 
-class RunQuery(Strict):
+class RunQuery(SubmitQuery):
     session_id: str | None = Field(None, description="Run in this session; otherwise in one of the task's own.")
-    timeout: Seconds | None = Field(None, description="Seconds until the task ends as timed out, answered with 504.")
     task_id: str | None = Field(None, description="An id of your own; the same request again joins the same task.")
     detach: bool = Field(False, description="Answer 202 with the ids at once; nobody has to wait.")
 
@@ -114,8 +158,39 @@ class CancelAnswer(BaseModel):
     ended: bool
 
 
+class RetryAnswer(BaseModel):
+    """The task that does it again. `created` is False if the same request came before."""
+
+    task_id: str
+    session_id: str
+    status: TaskStatus
+    retry_of: str
+    created: bool
+
+
+class DeadLetterItem(BaseModel):
+    """A message that nobody could read or handle: the topic it came from, why, and the message, or the beginning of it as
+    text."""
+
+    no: int
+    topic: str
+    reason: str
+    at: float
+    message: Any
+
+
+class DeadLetterPage(BaseModel):
+    """Newest first. `next`: give it as `before` to get the next page; null at the end."""
+
+    dead_letters: list[DeadLetterItem]
+    next: int | None
+
+
 class TaskSummary(BaseModel):
-    """A task without what it was given and what came out. Times are seconds since the epoch."""
+    """A task without what it was given and what came out. Times are seconds since the epoch.
+
+    `attempts`: failures in a row so far. `error`: of a task that has not ended, that of its last attempt.
+    """
 
     task_id: str
     session_id: str
@@ -123,8 +198,11 @@ class TaskSummary(BaseModel):
     service_name: str
     status: TaskStatus
     attempts: int
+    max_attempts: int
+    retry_of: str | None
     cancel_requested: bool
     created_at: float
+    not_before: float | None
     started_at: float | None
     finished_at: float | None
     deadline: float | None
@@ -187,4 +265,10 @@ def task_detail(record: TaskRecord) -> TaskDetail:
         input=record.input,
         result=record.result_text if record.status.is_terminal else None,
         value=None if record.result is None else json.loads(record.result),
+    )
+
+
+def dead_letter_item(letter: DeadLetter) -> DeadLetterItem:
+    return DeadLetterItem(
+        no=letter.no, topic=letter.topic, reason=letter.reason, at=letter.at, message=json.loads(letter.message)
     )

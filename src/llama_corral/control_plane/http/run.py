@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import uuid
 from typing import Any, Final
 
-from ...exceptions import BadInput
 from ...protocol.lifecycle import TaskStatus
-from ...protocol.messages import new_id
 from ...protocol.records import Accepted, Terminal
 from ...web import ErrorBody, Request, Response, Routes
 from ..plane import ControlPlane
+from .keys import KEY_HEADER, task_id_of
 from .models import RunAnswer, RunQuery, RunRefusal
 
 FAILED: Final = 424
@@ -24,8 +22,6 @@ _STATUSES: Final = {
     TaskStatus.CANCELLED: 409,
     TaskStatus.TIMED_OUT: 504,
 }
-_KEYS: Final = uuid.UUID("5a7f3a5e-6a0c-4d53-9c0e-1b1f2f0f7b1d")
-_MAX_KEY: Final = 255
 
 
 class RunRoutes:
@@ -41,7 +37,7 @@ class RunRoutes:
             hot=True,
             returns=RunAnswer,
             answers={202: RunAnswer, **dict.fromkeys((409, FAILED, 429, 503, 504), RunRefusal | ErrorBody)},
-            takes_headers={"Idempotency-Key": {"type": "string", "minLength": 1, "maxLength": _MAX_KEY}},
+            takes_headers=KEY_HEADER,
         )
         return [routes]
 
@@ -57,17 +53,18 @@ class RunRoutes:
         one. The same key with another request is a conflict (409).
 
         Other answers than the result, all with `task_id` and `status` beside the error: 424 if the workflow raised, 409
-        if somebody cancelled the task, 504 if `?timeout=` passed, 503 if this server stops and the task goes on.
+        if somebody cancelled the task, 504 if `?timeout=` passed, 503 if this server stops and the task goes on. 429 with
+        `Retry-After`: too many tasks wait for the service, nothing was stored.
         """
-        task_id, client_id = _task_id(service_name, query, request)
+        task_id, client_id = task_id_of(request, service_name, query.task_id)
         if query.detach:
             accepted = await self.plane.submit(
                 service_name,
                 body or {},
                 session_id=query.session_id,
                 task_id=task_id,
-                timeout=query.timeout,
                 client_id=client_id,
+                **query.options(),
             )
             return Response.json(_ids(accepted, accepted.status), status=202)
         accepted, terminal = await self.plane.run(
@@ -75,10 +72,10 @@ class RunRoutes:
             body or {},
             session_id=query.session_id,
             task_id=task_id,
-            timeout=query.timeout,
             client_id=client_id,
             # When this server stops, nobody has left: the task is stored and goes on elsewhere, or later.
             abandoned=lambda: not request.drain.is_set(),
+            **query.options(),
         )
         return self._answer(accepted, terminal)
 
@@ -102,18 +99,6 @@ class RunRoutes:
             "hint": where,
         }
         return _error(accepted, accepted.status, 504, error)
-
-
-def _task_id(service_name: str, query: RunQuery, request: Request) -> tuple[str, bool]:
-    """The id of the task, and whether the client may name it again."""
-    key = request.headers.get("idempotency-key")
-    if key is None:
-        return query.task_id or new_id(), query.task_id is not None
-    if query.task_id is not None:
-        raise BadInput("Both an Idempotency-Key and a task_id are given.", hint="One of them is enough.")
-    if not 0 < len(key) <= _MAX_KEY:
-        raise BadInput(f"The Idempotency-Key must have 1 to {_MAX_KEY} characters.")
-    return str(uuid.uuid5(_KEYS, f"{service_name}\n{key}")), True
 
 
 def _ids(accepted: Accepted, status: TaskStatus) -> dict[str, Any]:

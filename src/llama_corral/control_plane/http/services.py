@@ -11,7 +11,7 @@ from ...web import Request, Routes
 from ..config import ControlPlaneConfig
 from ..plane import ControlPlane
 from ..sessions import no_such_service
-from .models import ServiceQuery, StatusAnswer
+from .models import DeadLetterPage, DeadLettersQuery, ServiceQuery, StatusAnswer, dead_letter_item
 from .queue import simple_queue_config
 
 _SECRET = re.compile(r"pass|secret|token|credential|(^|_)key|auth", re.IGNORECASE)
@@ -40,6 +40,7 @@ class ServiceRoutes:
         own.add("POST", "/process_message", self.process_message, errors=(404, 409, 429))
         own.add("GET", "/status", self.status)
         queue.add("GET", "/queue_config", self.get_message_queue_config)
+        queue.add("GET", "/dead_letters", self.list_dead_letters)
         services.add("POST", "/services/register", self.register_service, returns=ControlPlaneConfig)
         services.add("POST", "/services/deregister", self.deregister_service, errors=(404,))
         services.add("GET", "/services/{service_name}", self.get_service, returns=ServiceDefinition)
@@ -73,6 +74,15 @@ class ServiceRoutes:
     async def get_message_queue_config(self, request: Request) -> dict[str, dict[str, Any]]:
         """Which message queue the original's services are to use. Credentials are never part of it."""
         return simple_queue_config(request) if self.queue_config is None else dict(self.queue_config)
+
+    async def list_dead_letters(self, query: DeadLettersQuery) -> DeadLetterPage:
+        """Messages that nobody could read or handle, newest first."""
+        letters = await self.plane.list_dead_letters(before=query.before, limit=query.limit + 1)
+        page = letters[: query.limit]
+        return DeadLetterPage(
+            dead_letters=[dead_letter_item(letter) for letter in page],
+            next=page[-1].no if len(letters) > query.limit else None,
+        )
 
     async def register_service(self, body: ServiceDefinition) -> dict[str, Any]:
         """Register a service, or register it again."""

@@ -7,8 +7,9 @@ from typing import Any
 from ...exceptions import BadInput
 from ...protocol.messages import SessionDefinition, TaskDefinition
 from ...protocol.records import TaskFilter
-from ...web import Response, Routes
+from ...web import Request, Response, Routes
 from ..plane import ControlPlane
+from .keys import KEY_HEADER, task_id_of
 from .models import (
     NewSession,
     SessionOptions,
@@ -32,7 +33,14 @@ class SessionRoutes:
         routes.add("GET", "/sessions/{session_id}", self.get_session)
         routes.add("PUT", "/sessions/{session_id}", self.get_or_create_session, **both)
         routes.add("POST", "/sessions/{session_id}/delete", self.delete_session)
-        routes.add("POST", "/sessions/{session_id}/tasks", self.add_task_to_session, hot=True, errors=(409, 429))
+        routes.add(
+            "POST",
+            "/sessions/{session_id}/tasks",
+            self.add_task_to_session,
+            hot=True,
+            errors=(409, 429),
+            takes_headers=KEY_HEADER,
+        )
         routes.add("GET", "/sessions/{session_id}/tasks", self.get_session_tasks, returns=list[TaskDefinition])
         routes.add("GET", "/sessions/{session_id}/current_task", self.get_current_task)
         routes.add("GET", "/sessions/{session_id}/state", self.get_session_state)
@@ -72,11 +80,13 @@ class SessionRoutes:
         """Delete a session with its tasks. Those that run are stopped."""
         await self.plane.sessions.delete(session_id)
 
-    async def add_task_to_session(self, session_id: str, body: TaskDefinition, query: SubmitQuery) -> str:
+    async def add_task_to_session(
+        self, session_id: str, body: TaskDefinition, query: SubmitQuery, request: Request
+    ) -> str:
         """Start a task and answer its id.
 
-        `input` is a JSON object as text: the start arguments. The same task id again is the same task, if everything
-        else is the same too; otherwise it is a conflict.
+        `input` is a JSON object as text: the start arguments. The same task id, or the same `Idempotency-Key` header,
+        again is the same task, if everything else is the same too; otherwise it is a conflict.
         """
         if body.session_id not in (None, "", session_id):
             raise BadInput(
@@ -85,8 +95,15 @@ class SessionRoutes:
             )
         if not body.agent_id:
             raise BadInput("agent_id is missing: the name of the service.", hint="GET /services lists them.")
+        chosen = body.task_id if "task_id" in body.model_fields_set else None
+        task_id, client_id = task_id_of(request, body.agent_id, chosen)
         accepted = await self.plane.submit(
-            body.agent_id, body.input, session_id=session_id, task_id=body.task_id, timeout=query.timeout
+            body.agent_id,
+            body.input,
+            session_id=session_id,
+            task_id=task_id,
+            client_id=client_id,
+            **query.options(),
         )
         return accepted.task_id
 

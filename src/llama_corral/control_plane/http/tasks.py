@@ -15,6 +15,8 @@ from .models import (
     CancelAnswer,
     EventsQuery,
     ResultQuery,
+    RetryAnswer,
+    RetryQuery,
     TaskDetail,
     TaskPage,
     TasksQuery,
@@ -38,12 +40,14 @@ class TaskRoutes:
         sessions.add("GET", f"{BY_SESSION}/events", self.get_session_task_events, **sse)
         sessions.add("POST", f"{BY_SESSION}/send_event", self.send_event, errors=(409,))
         sessions.add("POST", f"{BY_SESSION}/cancel", self.cancel_session_task, status=202, errors=(409,))
-        tasks.add("GET", "/tasks", self.list_tasks)
+        sessions.add("POST", f"{BY_SESSION}/retry", self.retry_session_task, status=202, errors=(409,))
+        tasks.add("GET", "/tasks", self.list_tasks, errors=(404,))
         tasks.add("GET", BY_ID, self.get_task)
         tasks.add("GET", f"{BY_ID}/result", self.get_result, hot=True)
         tasks.add("GET", f"{BY_ID}/events", self.get_task_events, **sse)
         tasks.add("POST", f"{BY_ID}/send_event", self.send_event_to_task, errors=(409,))
         tasks.add("POST", f"{BY_ID}/cancel", self.cancel_task, status=202, errors=(409,))
+        tasks.add("POST", f"{BY_ID}/retry", self.retry_task, status=202, errors=(409,))
         return [sessions, tasks]
 
     # Below a session
@@ -58,10 +62,16 @@ class TaskRoutes:
         """
         return await self._result(await self._in_session(session_id, task_id), query, request)
 
-    async def get_task_result_stream(self, session_id: str, task_id: str, request: Request) -> Stream:
-        """The events of a task as they come, one JSON object a line, until the task has ended."""
+    async def get_task_result_stream(
+        self, session_id: str, task_id: str, query: EventsQuery, request: Request
+    ) -> Stream:
+        """The events of a task as they come, one JSON object a line, until the task has ended.
+
+        A body that breaks off has not come to the task's end: this server stops, or the connection was lost. Go on with
+        `?from=` the number of lines that came.
+        """
         await self._in_session(session_id, task_id)
-        log = self.plane.open_log(task_id, drain=request.drain)
+        log = self.plane.open_log(task_id, parse_cursor(None, query.start), drain=request.drain)
         await log.open()
         return Stream(NdjsonBody(log), bytes, NDJSON_CONTENT_TYPE, ends_on_drain=False)
 
@@ -85,6 +95,11 @@ class TaskRoutes:
         """Cancel a task. The answer comes at once; the record says cancelled when the run has ended."""
         await self._in_session(session_id, task_id)
         return await self._cancel(task_id)
+
+    async def retry_session_task(self, session_id: str, task_id: str, query: RetryQuery) -> RetryAnswer:
+        """Do again what an ended task did not complete: see the route by the task's id alone."""
+        await self._in_session(session_id, task_id)
+        return await self.retry_task(task_id, query)
 
     # By id
 
@@ -117,6 +132,21 @@ class TaskRoutes:
     async def cancel_task(self, task_id: str) -> CancelAnswer:
         """Cancel a task. The answer comes at once; the record says cancelled when the run has ended."""
         return await self._cancel(task_id)
+
+    async def retry_task(self, task_id: str, query: RetryQuery) -> RetryAnswer:
+        """Do again, as a new task, what an ended one did not complete. The old one stays as it ended.
+
+        It goes on from the checkpoint that was left, if there is one; with `?fresh=true` it begins again. Repeating the
+        request answers the same task.
+        """
+        accepted = await self.plane.retry(task_id, fresh=query.fresh)
+        return RetryAnswer(
+            task_id=accepted.task_id,
+            session_id=accepted.session_id,
+            status=accepted.status,
+            retry_of=task_id,
+            created=accepted.created,
+        )
 
     # Both
 

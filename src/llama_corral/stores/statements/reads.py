@@ -23,9 +23,12 @@ class Reads(Base):
         self.lock_state = self._sql(sa.select(*STATE).where(by_id).with_for_update())
         self.task_number = self._sql(sa.select(_t.no).where(by_id))
         queued = sa.select(_t.task_id, _t.service_name).where(_t.status == status_literal(TaskStatus.QUEUED))
-        self.due_tickets = self._sql(
-            queued.where(sa.or_(_t.not_before.is_(None), _t.not_before <= _b("now")))
-            .order_by(_t.no)
+        due = queued.where(sa.or_(_t.not_before.is_(None), _t.not_before <= _b("now"))).limit(_b("limit")).offset(ZERO)
+        self.due_tickets = self._sql(due.order_by(_t.no))
+        self.due_of_service = self._sql(due.where(_t.service_name == _b("service_name")).order_by(_t.no))
+        self.due_since = self._sql(
+            queued.where(_t.not_before.is_not(None), _t.not_before > _b("since"), _t.not_before <= _b("now"))
+            .order_by(_t.not_before)
             .limit(_b("limit"))
             .offset(ZERO)
         )
