@@ -292,7 +292,7 @@ async def _start_patiently(
     failures = 0
     while not stop.is_set():
         try:
-            await link.ask("GET", "/ready")
+            await link.ask("GET", "/ready", bytes)
             await tasks.start(service.processing_loop)
         except Unavailable as error:
             failures += 1

@@ -30,7 +30,7 @@ from .support import (
 pytestmark = [pytest.mark.process, pytest.mark.trio]
 
 DYING = Path(__file__).with_name("dying.py")
-SHORT_LEASE = ("--heartbeat", "0.2", "--lease", "0.8")
+SHORT_LEASE = ("--heartbeat", "0.3", "--lease", "1.5")
 LONG_LEASE = ("--heartbeat", "0.2", "--lease", "20")
 EVERY_STEP = ("--checkpoints", "every_step")
 
