@@ -47,11 +47,11 @@ def read_marks(folder: Path) -> list[Mark]:
     return [Mark(name, step, int(pid), float(at)) for name, step, pid, at in map(str.split, lines)]
 
 
-async def each(act: Callable[[T], Awaitable[R]], over: Iterable[T]) -> list[R]:
+async def each(act: Callable[[T], Awaitable[R]], over: Iterable[T], *, at_once: int = AT_ONCE) -> list[R]:
     """All results in order, some calls at a time."""
     inputs = list(over)
     results: dict[int, R] = {}
-    limiter = anyio.CapacityLimiter(AT_ONCE)
+    limiter = anyio.CapacityLimiter(at_once)
 
     async def one(number: int, value: T) -> None:
         async with limiter:
