@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -103,8 +102,10 @@ async def check_endings(tasks: Sequence[Task]) -> dict[str, TaskResult]:
         async with task.events() as events:
             seen = [event async for event in events]
         assert [event.index for event in seen] == list(range(len(seen)))
-        assert Counter(event.type for event in seen)["StopEvent"] == 1
-        assert seen[-1].type == "StopEvent"
+        kinds = [event.type for event in seen]
+        # An attempt that ended but was not heard of may have published its last event.
+        resumed = len(kinds) - kinds[::-1].index("RunResumed") if "RunResumed" in kinds else 0
+        assert kinds.index("StopEvent", resumed) == len(kinds) - 1
         assert events.record == record
         assert record.status == "completed", record
         return record

@@ -13,7 +13,7 @@ import sqlite3
 import statistics
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,8 +112,7 @@ async def test_workers_killed_again_and_again(tmp_path: Path) -> None:
         assert len(records) == TASKS
         assert await count_open(client) == 0
         assert len(run.kills) == TASKS // KILL_EVERY
-        infos = [info async for info in all_tasks(client)]
-        assert Counter(info.task_id for info in infos) == Counter(t.id for t in tasks)
+        assert Counter(info.task_id for info in await all_tasks(client)) == Counter(t.id for t in tasks)
         streams = dict(zip(records, await each(read_events, tasks), strict=True))
 
     marks = read_marks(tmp_path)
@@ -134,12 +133,11 @@ async def read_events(task: Task) -> list[TaskEvent]:
     return [event async for event in task.events()]
 
 
-async def all_tasks(client: Client) -> AsyncIterator[TaskInfo]:
-    before = None
-    while page := await client.tasks(before=before, limit=100):
-        for info in page:
-            yield info
-        before = page[-1].task_id
+async def all_tasks(client: Client) -> list[TaskInfo]:
+    found: list[TaskInfo] = []
+    while page := await client.tasks(before=found[-1].task_id if found else None, limit=100):
+        found += page
+    return found
 
 
 def done_before(events: list[TaskEvent], index: int) -> set[int]:
