@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import anyio
 import anyio.abc
@@ -33,7 +33,7 @@ from .protocol.sealing import Sealer
 from .queues import open_queue
 from .queues.http import HttpMessageQueue
 from .runtime import StepFlavour, check_served
-from .services import WorkflowService, WorkflowServiceConfig
+from .services import CheckpointPolicy, OnChange, WorkflowService, WorkflowServiceConfig
 from .services.http_coordinator import HttpCoordinator
 from .settings import ServerSettings, StateSettings
 from .stores import open_store
@@ -41,9 +41,6 @@ from .stores.secret_file import SecretFile, read_secret_file
 from .supervision import Backoff, StopEvent
 
 logger = logging.getLogger(__name__)
-
-CheckpointPolicy = Literal["auto", "every_step", "on_wait", "none"]
-OnChange = Literal["resume", "restart", "fail"]
 
 MAX_RETRY_DELAY: Final = 5.0
 """Seconds that a worker waits at most before it looks again whether its control plane is up."""
@@ -98,7 +95,7 @@ class ServiceOptions:
     step_flavour: StepFlavour = "asyncio"
     drain_timeout: float = 10.0
     checkpoints: CheckpointPolicy = "auto"
-    idle_timeout: float | None = None
+    idle_timeout: float | None = 60.0
     on_change: OnChange = "resume"
     debug: bool = False
 
@@ -213,6 +210,7 @@ async def deploy_all(
         FlavourError: an agent that cannot work in the step flavour.
     """
     options = options or DeployOptions()
+    options = replace(options, debug=options.debug or options.settings.debug)
     stop = trio.Event() if stop is None else stop
     _check_workflows(workflows, options)
     async with AsyncExitStack() as stack:
@@ -336,6 +334,9 @@ def _make_service(
         coordinator=coordinator,
         step_flavour=options.step_flavour,
         drain_timeout=options.drain_timeout,
+        checkpoints=options.checkpoints,
+        idle_timeout=options.idle_timeout,
+        on_change=options.on_change,
         debug=options.debug,
     )
 
