@@ -107,6 +107,8 @@ async def test_the_core_is_killed_and_its_workers_go_on(tmp_path: Path) -> None:
         runs = Counter((mark.name, mark.step) for mark in read_marks(tmp_path) if mark.step in "123")
         assert set(runs.values()) == {1}
         assert len(runs) == 3 * len(tasks)
+        stack.main.terminate()  # and it ends although they listen
+        assert await stack.main.wait_exit() == 0
         for worker in stack.workers:
             worker.terminate()
             assert await worker.wait_exit() == 0
