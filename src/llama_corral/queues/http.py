@@ -56,7 +56,8 @@ class HttpMessageQueue(MessageQueue):
         token: Its bearer token.
         link: An open connection pool to that control plane, to be used instead of one of its own; its owner closes it.
         patience: Seconds for which a request is repeated before `QueueUnavailable` is raised.
-        lease: Seconds of silence after which the server takes this client for dead, and gives what it had open to others.
+        lease: Seconds of silence after which the server takes this client for dead, and gives what it had open to others;
+            None: as the server has it.
 
     Raises (all methods):
         QueueUnavailable: closed, or the server is away.
@@ -72,7 +73,7 @@ class HttpMessageQueue(MessageQueue):
         token: str | SecretStr | None = None,
         link: HttpLink | None = None,
         patience: float = DEFAULT_PATIENCE,
-        lease: float = DEFAULT_LEASE,
+        lease: float | None = None,
     ) -> None:
         self._owns_link = link is None
         self.link = HttpLink(url, token) if link is None else link
@@ -224,7 +225,7 @@ class _Leased(ABC):
     async def keep_forever(self) -> None:
         """Settle what has gathered, in as few requests as it takes, and be heard of before the lease ends."""
         while True:
-            with anyio.move_on_after((self._lease.seconds if self._lease else self._queue.lease) / 3):
+            with anyio.move_on_after((self._lease.seconds if self._lease else DEFAULT_LEASE) / 3):
                 await self._news.wait()
             if self._acked or self._nacked or self._abandoned or not self._polling:
                 try:

@@ -47,7 +47,7 @@ class QueueRoutes:
 
     def __init__(self, plane: ControlPlane) -> None:
         self.queue = plane.queue
-        self.leased = LeasedQueue(plane.queue)
+        self.leased = LeasedQueue(plane.queue, lease=plane.config.lease)
         self._topics: set[str] = set()
 
     def routes(self) -> list[Routes]:
