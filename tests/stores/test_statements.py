@@ -65,12 +65,15 @@ def test_no_statement_walks_over_a_table_or_sorts_one() -> None:
         ("dead_letters_before", "corral_dead_letters_at"),
         ("owned_by", "corral_tasks_owner"),
         ("owned_briefly", "corral_tasks_owner"),
+        ("list_strangers", "corral_tasks_owner"),
         ("free_next", "corral_tasks_line"),
         ("queued_in_line", "corral_tasks_line"),
         ("session_policy", "corral_tasks_line"),
         ("session_tasks", "corral_tasks_session"),
         ("count_open", "COVERING INDEX corral_tasks_status_service"),
         ("due_tickets", "corral_tasks_status "),
+        ("due_of_service", "corral_tasks_status_service "),
+        ("due_since", "corral_tasks_start "),
     ],
 )
 def test_each_question_has_its_index(name: str, index: str) -> None:
