@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
-import pickle
+import pickle  # noqa: TID251 - to be poisoned
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -122,8 +122,8 @@ class Tree(pydantic.BaseModel):
 
 
 class Everything(Event):
-    listed: list[InList] = []
-    dictionary: dict[str, list[InDict]] = {}
+    listed: list[InList]
+    dictionary: dict[str, list[InDict]]
     maybe: Optional | None = None
     either: InUnion | list[OtherInUnion] | int = 0
     several: tuple[InTuple, ...] = ()
@@ -131,7 +131,7 @@ class Everything(Event):
     pet: Annotated[Cat | Dog, pydantic.Field(discriminator="kind")] = Cat()
     plain: Plain | None = None
     checked: Checked | None = None
-    typed: Dictionary = {}
+    typed: Dictionary | None = None
     pair: Pair | None = None
     roots: Roots | None = None
     tree: Tree | None = None
