@@ -10,6 +10,7 @@ import pytest
 
 from llama_corral.cli.targets import load_targets
 from llama_corral.exceptions import TargetError
+from llama_corral.runtime import run_workflow
 
 APP = """
 from llama_corral.examples.hello import hello as fine
@@ -31,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
-    for name in ("targets_app", "targets_broken"):
+    for name in ("targets_app", "targets_broken", "targets_flow"):
         sys.modules.pop(name, None)
 
 
@@ -71,3 +72,42 @@ def test_bad_targets(targets: Sequence[str], parts: Sequence[str]) -> None:
     shown = f"{caught.value} ({caught.value.hint})"
     for part in parts:
         assert part in shown
+
+
+FLOW = """
+from __future__ import annotations
+
+from pydantic import BaseModel
+from workflows import Workflow, step
+from workflows.events import StartEvent, StopEvent
+
+
+class Part(BaseModel):
+    {field}: int = {value}
+
+
+class Whole(StartEvent):
+    part: Part = Part()
+
+
+class Flow(Workflow):
+    @step
+    async def work(self, ev: Whole) -> StopEvent:
+        return StopEvent(result=ev.part.{field})
+
+
+flow = Flow()
+"""
+
+
+@pytest.mark.anyio
+async def test_files_of_one_name_in_two_folders_are_two_workflows(tmp_path: Path) -> None:
+    targets = []
+    for value, field in enumerate(("first", "second")):
+        folder = tmp_path / field
+        folder.mkdir()
+        (folder / "targets_flow.py").write_text(FLOW.format(field=field, value=value))
+        targets.append(f"{field}={folder / 'targets_flow.py'}:flow")
+    loaded = load_targets(targets)
+    assert [await run_workflow(workflow) for workflow in loaded.values()] == [0, 1]
+    assert [await run_workflow(flow, part={name: 5}) for name, flow in loaded.items()] == [5, 5]

@@ -35,7 +35,8 @@ def exchange(url: str, *parts: bytes, half_close: bool = False, limit: int = 1_0
 
 
 def statuses(answer: bytes) -> list[int]:
-    return [int(found) for found in _STATUS.findall(answer)]
+    """The statuses of the answers, without 100 Continue."""
+    return [int(found) for found in _STATUS.findall(answer) if found != b"100"]
 
 
 def request(target: str | bytes, *, method: str = "GET", body: bytes = b"", **headers: str) -> bytes:

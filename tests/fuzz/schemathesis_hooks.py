@@ -40,12 +40,20 @@ def before_call(ctx: Any, case: Any, **kwargs: Any) -> None:
         case.query["service_name"] = "elsewhere"  # who deregisters what still runs has to wait for its next heartbeat
     if case.path.endswith("/run") and case.path_parameters.get("service_name") != "echo":
         case.query.setdefault("timeout", SHORT)  # a run that waits for a person waits for as long as it takes
-    if isinstance(case.query.get("wait"), (int, float)) and case.query["wait"] > SHORT:
-        case.query["wait"] = SHORT
+    for part in (case.query, case.body):
+        if isinstance(part, dict) and _number(part.get("wait")) > SHORT:
+            part["wait"] = SHORT
     if case.path.endswith(("/events", "/result_stream")) and isinstance(case.path_parameters.get("task_id"), str):
         # A stream lasts as long as its task.
         task = requests.utils.quote(case.path_parameters["task_id"], safe="")
         requests.post(f"{URL}/tasks/{task}/cancel", timeout=10)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
 
 
 @schemathesis.hook

@@ -39,7 +39,6 @@ T = TypeVar("T")
 
 Fate = Literal["heard", "lost call", "lost answer", "twice"]
 FATES: Final[tuple[Fate, ...]] = ("heard", "heard", "heard", "lost call", "lost answer", "twice")
-SERVICES: Final = ("svc", "other")
 SESSIONS: Final = {"e": "enqueue", "r": "reject", "c": "concurrent"}
 RETRY: Final = RetryPolicy(backoff=2.0)
 
@@ -67,6 +66,8 @@ class Run:
 
     claim: Claim
     instance: Instance
+    life: Life
+    """Which life of the task's id: it may be deleted and accepted again."""
     seq: int = 0
     inbox_read: int = 0
     waiting: bool = False
@@ -95,13 +96,13 @@ class World:
         self.registered: set[str] = set()
         self.runs: list[Run] = []
         self.tickets: list[Ticket] = []
-        self.said: list[Report | Release | ClaimRequest] = []
+        self.said: list[tuple[Report | Release | ClaimRequest, Life | None]] = []
         """Everything that was ever said: any of it may arrive once more."""
         self.unheard_claims: list[tuple[ClaimRequest, Instance]] = []
         self.unheard_accepts: list[tuple[NewTask, ClaimRequest | None, Instance | None]] = []
         self.gone: list[NewTask] = []
         """Accepted once, and deleted with their session."""
-        self.cursors: dict[tuple[str, int], list[str]] = {}
+        self.cursors: dict[tuple[str, int], tuple[Life | None, list[str]]] = {}
         self._numbers = 0
 
     def number(self) -> int:
@@ -136,6 +137,15 @@ class World:
         self.registered -= set(ids)
         self.publish(await self.store.reap(ids, self.now))
 
+    async def missed_when_silent(self) -> set[str]:
+        """The instances that a reaper judges by their heartbeats."""
+        known = {instance.instance_id for instance in await self.store.list_instances()}
+        assert known == self.registered
+        strangers = set(await self.store.list_strangers())
+        owners = {life.owner for life in self.promised.lives.values() if life.place == "owned"}
+        assert strangers == owners - known
+        return known | strangers
+
     async def heartbeat(self, instance: Instance, *, heard: bool = True) -> None:
         hands = {run.task_id: run for run in self.runs if run.instance is instance and not run.is_over}
         held = [HeldTask(run.task_id, run.claim.epoch, run.inbox_read) for run in hands.values()]
@@ -164,15 +174,17 @@ class World:
         self.publish(await self.store.reclaim(instance_id, strays, self.now))
 
     def owns(self, run: Run) -> bool:
-        life = self.promised.lives.get(run.task_id)
+        life = run.life
+        is_there = self.promised.lives.get(run.task_id) is life
         owner = run.instance.instance_id
-        return life is not None and (life.place, life.epoch, life.owner) == ("owned", run.claim.epoch, owner)
+        return is_there and (life.place, life.epoch, life.owner) == ("owned", run.claim.epoch, owner)
 
     # The queue
 
     def publish(self, tickets: Iterable[Ticket], *, lost: bool = False) -> None:
-        for ticket in tickets:
-            assert ticket.task_id in self.promised.lives
+        tickets = list(tickets)
+        assert {ticket.task_id for ticket in tickets} <= self.promised.lives.keys()
+        assert self.promised.newly_queued() <= {ticket.task_id for ticket in tickets}, "P5: the answer says what is due"
         if not lost:
             self.tickets += tickets
 
@@ -227,7 +239,7 @@ class World:
 
     async def claim(self, ticket: Ticket, by: Instance, fate: Fate = "heard") -> None:
         request = ClaimRequest(ticket.task_id, by.instance_id, f"n{self.number()}", self.now)
-        self.said.append(request)
+        self.said.append((request, None))
         if fate != "lost call":
             claim = await self.tell_claim(request)
             if fate == "twice":
@@ -252,7 +264,7 @@ class World:
     def _check_claim(self, claim: Claim) -> None:
         life = self.promised.lives[claim.task_id]
         assert (claim.epoch, claim.attempt, claim.next_index) == (life.epoch, life.failures + 1, len(life.log))
-        assert claim.cancel_requested == life.cancel
+        assert (claim.cancel_requested, claim.state_error) == (life.cancel, None)
         version, payload = self.promised.contexts.get(life.line, (0, "")) if life.line else (0, "")
         assert (0 if claim.context is None else claim.context.version) == version
         assert claim.context is None or claim.context.payload == payload
@@ -270,7 +282,7 @@ class World:
             return
         if any((run.task_id, run.claim.epoch) == (claim.task_id, claim.epoch) for run in self.runs):
             return  # heard twice
-        run = Run(claim, by)
+        run = Run(claim, by, self.promised.lives[claim.task_id])
         run.inbox_read = max([event.seq for event in claim.inbox], default=self._applied(claim))
         self.runs.append(run)
 
@@ -290,26 +302,28 @@ class World:
 
     async def say(self, run: Run, call: Report | Release, fate: Fate = "heard") -> None:
         run.pending = call
-        self.said.append(call)
+        self.said.append((call, run.life))
         if fate == "lost call":
             return
-        answer = await self.tell(call, tickets_lost=fate == "lost answer")
+        answer = await self.tell(call, run.life, tickets_lost=fate == "lost answer")
         if fate == "twice":
-            answer = await self.tell(call)
+            answer = await self.tell(call, run.life)
         if fate != "lost answer":
             self._hear(run, call, answer)
 
     async def repeat(self, run: Run) -> None:
         assert run.pending is not None
-        self._hear(run, run.pending, await self.tell(run.pending))
+        self._hear(run, run.pending, await self.tell(run.pending, run.life))
 
-    async def tell(self, call: Report | Release, *, tickets_lost: bool = False) -> ReportAnswer:
+    async def tell(self, call: Report | Release, of: Life | None, *, tickets_lost: bool = False) -> ReportAnswer:
+        is_there = self.promised.lives.get(call.task_id) in (None, of)
+        expected = "fenced"  # whatever another life of the same id says
         if isinstance(call, Report):
-            expected = self.promised.report(call)
+            expected = self.promised.report(call) if is_there else expected
             answer = await self.store.report(call)
         else:
             arguments = (call.task_id, call.epoch, call.checkpoint, self.now)
-            expected = self.promised.release(*arguments, call.idle, call.wake_at)
+            expected = self.promised.release(*arguments, call.idle, call.wake_at) if is_there else expected
             answer = await self.store.release(*arguments, idle=call.idle, wake_at=call.wake_at)
         assert answer.status == {"new": "ok", "again": "ok"}.get(expected, expected)
         life = self.promised.lives.get(call.task_id)
@@ -345,7 +359,7 @@ class World:
     async def pull(self, run: Run, *, heard: bool = True) -> None:
         page = await self.store.pull(run.task_id, run.claim.epoch, run.inbox_read)
         life = self.promised.lives.get(run.task_id)
-        owned = life is not None and life.place == "owned" and life.epoch == run.claim.epoch
+        owned = life is run.life and life.place == "owned" and life.epoch == run.claim.epoch
         assert page.status == ("deleted" if life is None else "ok" if owned else "fenced")
         if life is None or not owned:
             run.is_over = run.is_over or heard
@@ -392,8 +406,7 @@ class World:
         expected = self.promised.expire(self.now)
         answers = await self.store.expire(self.now)
         assert {answer.task_id for answer in answers} == expected
-        for answer in answers:
-            self.publish(answer.tickets)
+        self.publish(ticket for answer in answers for ticket in answer.tickets)
 
     async def wake(self) -> None:
         expected = self.promised.wake(self.now)
@@ -433,13 +446,17 @@ class World:
         removed = [life for life in removable if life.task.task_id not in left]
         assert [life.finished_at for life in removed] == [life.finished_at for life in removable[:limit]]
         for life in removed:
-            self.gone.append(self.promised.lives.pop(life.task.task_id).task)
+            self.promised.forget(life)
+            self.gone.append(life.task)
 
     async def read(self, task_id: str, reader: int, limit: int) -> None:
         """A reader goes on from its cursor."""
-        seen = self.cursors.setdefault((task_id, reader), [])
-        page = await self.store.read_events(task_id, len(seen), limit)
         life = self.promised.lives.get(task_id)
+        of, seen = self.cursors.get((task_id, reader), (life, []))
+        if of is not life:  # the id was deleted and accepted again
+            seen = []
+        self.cursors[task_id, reader] = (life, seen)
+        page = await self.store.read_events(task_id, len(seen), limit)
         assert (page is None) == (life is None)
         if page is not None and life is not None:
             seen += [event.payload for event in page.events]
@@ -447,4 +464,6 @@ class World:
             assert page.record.event_count == len(life.log)
 
     def life_of(self, pick: int) -> Life | None:
-        return pick_from(self.promised.lives.values(), pick)
+        """The newest open tasks first: most of what happens, happens to them."""
+        newest = list(self.promised.lives.values())[::-1]
+        return pick_from(sorted(newest, key=lambda life: not life.is_open), pick)

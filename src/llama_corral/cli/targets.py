@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -75,12 +76,12 @@ def _import_file(name: str) -> ModuleType:
     path = Path(name)
     if not path.is_file():
         raise TargetError(f"there is no file {name}", hint=_HINT)
-    # Under the name that `import` would give it, so that the types it defines have one qualified name.
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module_name = _module_name(path)
+    spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
+    sys.modules.setdefault(module_name, module)
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(1, folder)
@@ -89,6 +90,16 @@ def _import_file(name: str) -> ModuleType:
     except (Exception, SystemExit) as exc:  # whatever the user's file raises
         raise TargetError(f"{name} cannot be imported: {type(exc).__name__}: {exc}") from exc
     return module
+
+
+def _module_name(path: Path) -> str:
+    """The name that `import` would give the file, so that the types it defines have one qualified name; with something of
+    its path if another file has that name already, because types are looked up by the name of their module."""
+    known = sys.modules.get(path.stem)
+    origin = getattr(known, "__file__", None)
+    if known is None or (origin is not None and Path(origin).resolve() == path.resolve()):
+        return path.stem
+    return f"{path.stem}_{hashlib.sha256(bytes(path.resolve())).hexdigest()[:8]}"
 
 
 def _as_workflow(value: Any, place: str) -> Any:

@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import trio
 
@@ -122,7 +121,9 @@ class Door:
         origin = request.headers.get("origin")
         if origin is None or request.method in SAFE_METHODS or {"*", origin} & self.origins:
             return
-        if urlsplit(origin).netloc != request.headers.get("host"):
+        if origin.partition("://")[2] != request.headers.get(
+            "host"
+        ):  # an origin has no path; and it may be no URL at all
             raise ForeignOrigin(
                 "a page of another origin may not change anything here",
                 hint="add its origin to CORRAL_CORS_ORIGINS if it may",
