@@ -93,7 +93,7 @@ class Protocol(RuleBasedStateMachine):
         service=st.sampled_from(("svc", "svc", "other")),
         by=st.none() | picks,
         timeout=st.sampled_from([None, None, 1.5, 5.0, 50.0]),
-        later=st.sampled_from([None, None, None, 3.0]),
+        later=st.sampled_from([None, None, None, 3.0, -1.0]),
         attempts=st.sampled_from([1, 2, 3, 3]),
         retries=st.sampled_from([True, True, False]),
         fate=fates,
