@@ -31,9 +31,10 @@ from llama_corral.protocol.records import NewTask, Report
 from llama_corral.protocol.sealing import Sealer
 from llama_corral.stores import SqlStore
 
+from .ground import SESSIONS, pick_from
 from .holding import check_everything
 from .settling import clear, settle
-from .world import FATES, RETRY, SESSIONS, Fate, Release, Run, World, pick_from
+from .world import FATES, RETRY, Fate, Release, Run, World
 
 EXAMPLES: Final = int(os.environ.get("CORRAL_TEST_MODEL_EXAMPLES", "100"))
 DEPTH: Final = settings(
