@@ -139,7 +139,7 @@ async def test_the_control_plane_is_spoken_to_over_http():
 @pytest.mark.trio
 async def test_a_control_plane_that_cannot_be_reached():
     service = WorkflowService(Echo(), MemoryMessageQueue(), WorkflowServiceConfig(service_name="svc"))
-    with trio.fail_after(PATIENCE), pytest.raises(Unavailable, match="no answer from http://127.0.0.1:1"):
+    with trio.fail_after(PATIENCE), pytest.raises(Unavailable, match=r"no answer from http://127\.0\.0\.1:1"):
         await service.register_to_control_plane("http://127.0.0.1:1")
 
 
