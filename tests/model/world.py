@@ -30,7 +30,6 @@ from llama_corral.stores import SqlStore
 from .ground import Ground
 from .promised import Life
 
-
 Fate = Literal["heard", "lost call", "lost answer", "twice"]
 FATES: Final[tuple[Fate, ...]] = ("heard", "heard", "heard", "lost call", "lost answer", "twice")
 RETRY: Final = RetryPolicy(backoff=2.0)
