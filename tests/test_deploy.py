@@ -169,6 +169,27 @@ async def test_a_core_without_http_on_both_backends(flavour: str) -> None:
             service.stop()
 
 
+class Failing(Workflow):
+    @step
+    async def fail(self, ev: StartEvent) -> StopEvent:
+        raise ValueError("as ever")
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("where", ["options", "settings", None])
+async def test_debug_keeps_tracebacks(tmp_path: Path, where: str | None) -> None:
+    settings = ServerSettings(port=0, debug=where == "settings")
+    given = options(tmp_path, settings=settings, debug=where == "options")
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        deployment = await nursery.start(partial(deploy_all, {"failing": Failing()}, given, stop=stop))
+        accepted = await deployment.core.plane.submit("failing", {})
+        record = await deployment.core.plane.wait_result(accepted.task_id, 20)
+        assert record.error.type == "ValueError"
+        assert (record.error.traceback is not None) == (where is not None)
+        stop.set()
+
+
 @pytest.mark.trio
 async def test_errors_come_out(tmp_path: Path) -> None:
     async with trio.open_nursery() as nursery:

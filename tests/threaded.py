@@ -27,11 +27,11 @@ class Threaded:
 
     url: str
     plane: ControlPlane
-    queue: MemoryMessageQueue
+    store: SqlStore
     app: WebApp
 
     def __init__(self, store: str, settings: ServerSettings, config: ControlPlaneConfig, queue: MemoryMessageQueue):
-        self._store = store
+        self._url = store
         self._settings = settings
         self._config = config
         self.queue = queue
@@ -80,8 +80,8 @@ class Threaded:
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self._stop = trio.Event()
-        async with SqlStore(self._store) as store, self.queue:
-            async with ControlPlane(store, self.queue, config=self._config, alone=True) as self.plane:
+        async with SqlStore(self._url) as self.store, self.queue:
+            async with ControlPlane(self.store, self.queue, config=self._config, alone=True) as self.plane:
                 self.app = control_plane_app(self.plane, self._settings, version="0")
                 async with trio.open_nursery() as nursery:
                     (self.url,) = await nursery.start(partial(serve, self.app, self._settings, stop=self._stop))

@@ -29,8 +29,12 @@ if TYPE_CHECKING:
     from .deploy import Core as Core
     from .deploy import Deployment as Deployment
     from .deploy import DeployOptions as DeployOptions
+    from .deploy import ServiceOptions as ServiceOptions
+    from .deploy import Worker as Worker
+    from .deploy import WorkerOptions as WorkerOptions
     from .deploy import deploy_all as deploy_all
     from .deploy import deploy_core as deploy_core
+    from .deploy import deploy_worker as deploy_worker
     from .deploy import deploy_workflow as deploy_workflow
     from .deploy import open_core as open_core
     from .exceptions import CorralError as CorralError
@@ -55,13 +59,17 @@ _HOME = {
     "MemoryMessageQueue": "queues",
     "BaseService": "services",
     "Run": "runtime",
+    "ServiceOptions": "deploy",
     "SqlStore": "stores",
     "StructuredRuntime": "runtime",
     "SyncClient": "client",
+    "Worker": "deploy",
+    "WorkerOptions": "deploy",
     "WorkflowService": "services",
     "WorkflowServiceConfig": "services",
     "deploy_all": "deploy",
     "deploy_core": "deploy",
+    "deploy_worker": "deploy",
     "deploy_workflow": "deploy",
     "open_core": "deploy",
     "open_run": "runtime",

@@ -248,6 +248,11 @@ class Store(ABC):
     async def list_instances(self) -> list[InstanceRecord]: ...
 
     @abstractmethod
+    async def list_strangers(self) -> list[str]:
+        """Owners of open tasks that are not registered: removed too early, or by a claim that came late. Whoever judges
+        instances judges them too, or nobody would miss them."""
+
+    @abstractmethod
     async def heartbeat(self, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:
         """Count the instance's heartbeat up and compare what it holds with what is stored."""
 
@@ -280,7 +285,8 @@ class Store(ABC):
     async def accept(self, task: NewTask, claim: ClaimRequest | None = None) -> Accepted:
         """Store a task: `held` if an earlier task of its (session, service) is open and the session's policy is
         `enqueue`, else `queued`, or at once `running` if `claim` is given. With a known task id and the same digest, the
-        stored acceptance is answered with `created=False`.
+        stored acceptance is answered with `created=False`. A chosen id (one with a digest) that was deleted and comes again
+        begins behind every epoch it had.
 
         Raises:
             NotFound: the session does not exist.

@@ -1,6 +1,7 @@
 """Composing the parts: a core, services, or all of it in one process. Nothing else is in here.
 
-    store ⊃ queue ⊃ control plane ⊃ { services, HTTP server }
+    store ⊃ queue ⊃ control plane ⊃ { services, HTTP server }      `deploy_core`, `deploy_workflow`, `deploy_all`
+    connections ⊃ services                                         `deploy_worker`, for a core in another process
 
 Nesting is the closing order. A stop refuses new tasks first, lets the services drain while their clients still listen, and
 closes the HTTP server after that. Each function is started with `task_group.start`: it reports when it really works, raises
@@ -12,9 +13,9 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Final
 
 import anyio
 import anyio.abc
@@ -26,19 +27,23 @@ from . import __version__
 from .abc import Coordinator, MessageQueue, Store
 from .aio import caller_library, open_asyncio_loop
 from .control_plane import ControlPlane, ControlPlaneConfig
-from .exceptions import SetupError
+from .exceptions import SetupError, Unavailable
+from .http_link import HttpLink
 from .protocol.sealing import Sealer
 from .queues import open_queue
+from .queues.http import HttpMessageQueue
 from .runtime import StepFlavour, check_served
-from .services import WorkflowService, WorkflowServiceConfig
+from .services import CheckpointPolicy, OnChange, WorkflowService, WorkflowServiceConfig
+from .services.http_coordinator import HttpCoordinator
 from .settings import ServerSettings, StateSettings
 from .stores import open_store
 from .stores.secret_file import SecretFile, read_secret_file
+from .supervision import Backoff, StopEvent
 
 logger = logging.getLogger(__name__)
 
-CheckpointPolicy = Literal["auto", "every_step", "on_wait", "none"]
-OnChange = Literal["resume", "restart", "fail"]
+MAX_RETRY_DELAY: Final = 5.0
+"""Seconds that a worker waits at most before it looks again whether its control plane is up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,14 @@ class Deployment:
         return self.core.url
 
 
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """Services that work for a control plane in another process, by name."""
+
+    url: str
+    services: Mapping[str, WorkflowService]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceOptions:
     """What all services of a process share.
@@ -82,7 +95,7 @@ class ServiceOptions:
     step_flavour: StepFlavour = "asyncio"
     drain_timeout: float = 10.0
     checkpoints: CheckpointPolicy = "auto"
-    idle_timeout: float | None = None
+    idle_timeout: float | None = 60.0
     on_change: OnChange = "resume"
     debug: bool = False
 
@@ -100,6 +113,14 @@ class DeployOptions(ServiceOptions):
     settings: ServerSettings = field(default_factory=ServerSettings)
     control_plane: ControlPlaneConfig = field(default_factory=ControlPlaneConfig)
     state_secret: tuple[SecretStr, ...] = field(default_factory=lambda: StateSettings().state_secret)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions(ServiceOptions):
+    """Of services whose control plane is another process: `corral core` or `corral serve`."""
+
+    control_plane_url: str = "http://127.0.0.1:8000"
+    token: SecretStr | None = None
 
 
 @asynccontextmanager
@@ -189,6 +210,7 @@ async def deploy_all(
         FlavourError: an agent that cannot work in the step flavour.
     """
     options = options or DeployOptions()
+    options = replace(options, debug=options.debug or options.settings.debug)
     stop = trio.Event() if stop is None else stop
     _check_workflows(workflows, options)
     async with AsyncExitStack() as stack:
@@ -214,6 +236,71 @@ async def deploy_all(
                     service.stop()
         finally:
             close_http.set()
+
+
+async def deploy_worker(
+    workflows: Mapping[str, Workflow],
+    options: WorkerOptions | None = None,
+    *,
+    stop: StopEvent | None = None,
+    task_status: anyio.abc.TaskStatus[Worker] = anyio.TASK_STATUS_IGNORED,
+) -> None:
+    """A service for each workflow, by name, that works for a control plane in another process, on either backend, until
+    `stop` is set or the call is cancelled.
+
+    Started with the `Worker` when every service takes tasks; until the control plane answers, it tries again. If `stop` is
+    set before that, it returns without having started. After `stop` it takes nothing more, working runs get
+    `options.drain_timeout` seconds, and what is left is handed back.
+
+    Raises:
+        Unauthorized: the token is wrong.
+        Incompatible: the control plane is of a release with which this one cannot work.
+        UsageError, SetupError: what else must be changed before it can run.
+        WorkflowValidationError, FlavourError: as in `deploy_all`.
+    """
+    options = options or WorkerOptions()
+    stop = anyio.Event() if stop is None else stop
+    _check_workflows(workflows, options)
+    async with AsyncExitStack() as stack:
+        if options.step_flavour == "asyncio":
+            await stack.enter_async_context(open_asyncio_loop())
+        link = await stack.enter_async_context(HttpLink(options.control_plane_url, options.token))
+        coordinator = await stack.enter_async_context(HttpCoordinator(link.url, link=link))
+        queue = await stack.enter_async_context(HttpMessageQueue(link.url, link=link))
+        async with anyio.create_task_group() as tasks:
+            services: dict[str, WorkflowService] = {}
+            for name, workflow in workflows.items():
+                service = _make_service(workflow, _config_of(name, workflow, options), queue, coordinator, options)
+                if not await _start_patiently(tasks, service, link, stop):
+                    break
+                services[name] = service
+            else:
+                task_status.started(Worker(link.url, services))
+                await stop.wait()
+            logger.info("stopping: nothing new is taken; %d services drain", len(services))
+            for service in services.values():
+                service.stop()
+
+
+async def _start_patiently(
+    tasks: anyio.abc.TaskGroup, service: WorkflowService, link: HttpLink, stop: StopEvent
+) -> bool:
+    """Start a service, again and again while its control plane is away. False: `stop` came first."""
+    backoff = Backoff(maximum=MAX_RETRY_DELAY)
+    failures = 0
+    while not stop.is_set():
+        try:
+            await link.ask("GET", "/ready", bytes)
+            await tasks.start(service.processing_loop)
+        except Unavailable as error:
+            failures += 1
+            if failures == 1:
+                logger.warning("waiting for the control plane, trying again and again: %s", error)
+            with anyio.move_on_after(backoff.delay(failures)):
+                await stop.wait()
+        else:
+            return True
+    return False
 
 
 def _check_workflows(workflows: Mapping[str, Workflow], options: ServiceOptions) -> None:
@@ -247,6 +334,9 @@ def _make_service(
         coordinator=coordinator,
         step_flavour=options.step_flavour,
         drain_timeout=options.drain_timeout,
+        checkpoints=options.checkpoints,
+        idle_timeout=options.idle_timeout,
+        on_change=options.on_change,
         debug=options.debug,
     )
 

@@ -197,3 +197,16 @@ class RunClosed(RunError):
     """The block that owned the run was left before the run ended."""
 
     code = "run_closed"
+
+
+class WorkflowChanged(RunError):
+    """What is stored of a task or its session does not fit the workflow's code as it is now. Run it with the code that
+    stored it, or start it from the beginning."""
+
+    code = "workflow_changed"
+
+
+class StateRefused(RunError):
+    """What is stored of a task or its session was changed by somebody else, or belongs elsewhere."""
+
+    code = "state_refused"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+import httpx
 import pytest
 
 from llama_corral import __version__
@@ -12,6 +13,7 @@ from llama_corral.cli.options import values
 from llama_corral.cli.output import printable
 from llama_corral.cli.questions import prompt_of
 from llama_corral.client import SyncClient, TaskEvent
+from llama_corral.protocol.messages import new_id
 
 Corral = Callable[..., "Ended"]  # type: ignore[name-defined]  # noqa: F821 - of the conftest
 
@@ -28,7 +30,18 @@ def test_version_and_help(corral: Corral) -> None:
         shown = corral(*arguments)
         assert shown.code == 0
         assert "services" in shown.out
-    for command in ("run", "services", "sessions", "tasks", "status", "events", "send", "cancel"):
+    for command in (
+        "run",
+        "services",
+        "sessions",
+        "tasks",
+        "status",
+        "events",
+        "send",
+        "cancel",
+        "retry",
+        "dead-letters",
+    ):
         assert corral(command, "--help").code == 0
 
 
@@ -112,6 +125,51 @@ def test_events_send_cancel(corral: Corral, server: str, client: SyncClient) -> 
     assert corral("cancel", task.id).code == 2
 
 
+@pytest.mark.promise("P2")
+def test_failed_tasks_are_listed_and_done_again(corral: Corral, server: str, client: SyncClient) -> None:
+    name = new_id()
+    session = client.sessions.create().id
+    assert corral("run", "flaky", "-a", f"name={name}", "-a", "failures=1", "--session", session).code == 1
+    listed = corral("tasks", "--status", "failed", "--session", session)
+    header, row = listed.out.splitlines()
+    task = row.split()[0]
+    assert header.endswith("ERROR")
+    assert row.endswith("ConnectionResetError: attempt 1")
+    again = corral("retry", task, "--json").json
+    assert (again["retry_of"], again["session_id"]) == (task, session)
+    assert corral("retry", task, "--fresh").out == f"{again['task_id']} does {task} again\n"
+    assert client.task(again["task_id"]).result(timeout=10) == 2
+    assert "ERROR" not in corral("tasks", "--status", "completed", "--session", session).out
+    refused = corral("retry", again["task_id"])
+    assert (refused.code, refused.out) == (2, "")
+    assert "completed" in refused.err
+
+
+def test_options_of_a_run(corral: Corral, server: str, client: SyncClient) -> None:
+    session = client.sessions.create().id
+    options = ("--delay", "0.05", "--max-attempts", "7", "--retry-on", "A", "--retry-on", "b.C", "--backoff", "0.5")
+    assert corral("run", "hello", "--session", session, *options).code == 0
+    (info,) = client.tasks(session=session)
+    assert info.max_attempts == 7
+    assert info.not_before is not None
+    refused = corral("run", "hello", "--backoff", "1")
+    assert (refused.code, refused.out) == (2, "")
+    assert "no error after which" in refused.err
+
+
+def test_dead_letters(corral: Corral, server: str, client: SyncClient) -> None:
+    assert corral("dead-letters").err == "There are no dead letters.\n"
+    publish = {"type": "hello", "data": {"no": "ticket"}}
+    with httpx.Client(base_url=server) as plain:
+        plain.post("/messages/llama_deploy.hello", json=publish).raise_for_status()
+    while not (found := corral("dead-letters", "--json").json):
+        pass
+    assert found[0]["message"]["data"] == {"no": "ticket"}
+    shown = corral("dead-letters", "--limit", "1").out.splitlines()
+    assert shown[0].split() == ["NO", "AT", "TOPIC", "REASON"]
+    assert shown[1].endswith("llama_deploy.hello  no ticket of this service")
+
+
 def test_no_more_input(corral: Corral, server: str) -> None:
     ended = corral("run", "ticking", "-a", "hold=true", "--timeout", "0.5")
     assert "Go on?" in ended.err
@@ -133,6 +191,9 @@ def test_no_more_input(corral: Corral, server: str) -> None:
         (("herd",), 2, "herd"),
         (("events", "nothing"), 2, "task 'nothing'"),
         (("cancel", "nothing"), 2, "task 'nothing'"),
+        (("retry", "nothing"), 2, "task 'nothing'"),
+        (("run", "hello", "--max-attempts", "0"), 2, "max_attempts"),
+        (("run", "hello", "--delay", "-1"), 2, "delay"),
         (("send", "nothing", "E"), 2, "task 'nothing'"),
         (("tasks", "--status", "lost"), 2, "status"),
         (("status", "--url", "nonsense"), 2, "not a URL"),

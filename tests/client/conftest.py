@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import anyio
 import pytest
@@ -45,6 +46,19 @@ class Ticking(Workflow):
         return StopEvent(result={"events": ev.get("events", 0), "answer": answer})
 
 
+class Flaky(Workflow):
+    """Fails at its first `failures` attempts. The attempts of a task are counted in its process, by `name`."""
+
+    attempts: ClassVar[dict[str, int]] = {}
+
+    @step
+    async def work(self, ctx: Context, ev: StartEvent) -> StopEvent:
+        number = self.attempts[ev.name] = self.attempts.get(ev.name, 0) + 1
+        if number <= ev.failures:
+            raise ConnectionResetError(f"attempt {number}")
+        return StopEvent(result=number)
+
+
 class Stuck(Workflow):
     """Works until it is cancelled."""
 
@@ -58,6 +72,7 @@ class Stuck(Workflow):
 WORKFLOWS = {
     "hello": hello,
     "counter": counter,
+    "flaky": Flaky(timeout=None),
     "form": form,
     "ticking": Ticking(timeout=None),
     "stuck": Stuck(timeout=None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import anyio
+import httpx
 import pytest
 from anyio.abc import TaskStatus as Status
 from pydantic import SecretStr
@@ -35,7 +36,7 @@ async def client(url: str, anyio_backend: str) -> AsyncIterator[Client]:
 
 async def test_services(client: Client) -> None:
     names = [service.service_name for service in await client.services.list()]
-    assert names == ["counter", "form", "hello", "stuck", "ticking"]
+    assert names == ["counter", "flaky", "form", "hello", "stuck", "ticking"]
     assert (await client.services.get("hello")).description.startswith("Takes `name`")
     with pytest.raises(NotFound, match="no service 'nobody'"):
         await client.services.get("nobody")
@@ -170,6 +171,47 @@ async def test_the_same_id_is_the_same_task(client: Client) -> None:
     assert first.id == again.id == chosen
     with pytest.raises(Conflict):
         await client.start("hello", task_id=chosen, name="b")
+
+
+async def test_a_key_of_the_callers_own(client: Client) -> None:
+    key = new_id()
+    first = await client.start("hello", idempotency_key=key, name="a")
+    again = await client.start("hello", idempotency_key=key, name="a")
+    assert first.id == again.id
+    assert await client.run("hello", idempotency_key=key, name="a") == "Hello, a!"
+    async with httpx.AsyncClient(base_url=client.url) as plain:
+        raw = await plain.post("/services/hello/run", json={"name": "a"}, headers={"Idempotency-Key": key})
+        assert raw.json()["task_id"] == first.id
+    with pytest.raises(Conflict):
+        await client.start("hello", idempotency_key=key, name="b")
+    for wrong in ({"idempotency_key": ""}, {"idempotency_key": "x" * 256}, {"idempotency_key": "x", "task_id": "y"}):
+        with pytest.raises(BadInput):
+            await client.start("hello", **wrong)
+
+
+@pytest.mark.promise("P1", "P2")
+async def test_a_failed_task_is_done_again(client: Client) -> None:
+    task = await client.start("flaky", name=new_id(), failures=1)
+    with pytest.raises(TaskFailed):
+        await task.result()
+    again = await client.retry(task.id)
+    assert await again.result() == 2
+    assert (await task.retry(fresh=True)).id == again.id
+    info = await again.status()
+    assert (info.retry_of, info.max_attempts) == (task.id, 3)
+    assert (await task.status()).status is TaskStatus.FAILED
+    with pytest.raises(Conflict):
+        await again.retry()
+    with pytest.raises(NotFound):
+        await client.retry("nothing")
+
+
+async def test_a_later_start(client: Client) -> None:
+    task = await client.start("hello", delay=0.1)
+    info = await task.status()
+    assert info.not_before is not None
+    assert info.not_before > info.created_at
+    assert await task.result(timeout=10) == "Hello, world!"
 
 
 async def test_tasks_by_filter(client: Client) -> None:

@@ -98,10 +98,29 @@ async def test_deleting_a_session_ends_its_streams(url: str, anyio_backend: str)
                 [event async for event in events]
 
 
+@pytest.mark.anyio
+@pytest.mark.promise("P3")
+async def test_a_stream_that_is_dropped_at_every_event_has_each_once(cutter: Cutter, anyio_backend: str) -> None:
+    async with Client(cutter.url) as client:
+        task = await client.start("ticking", events=EVENTS)
+        await task.wait()
+        cutter.after = [1] * len(INDEXES)  # each connection brings one event more
+        events = task.events()
+        seen = [(event.index, event.data.get("number")) async for event in events]
+        assert seen == [(index, index if index < EVENTS else None) for index in INDEXES]
+        assert events.record is not None
+    assert cutter.cuts == len(INDEXES)
+
+
+@pytest.mark.promise("P3")
 @pytest.mark.parametrize("backend", ["trio", "asyncio"])
-def test_the_sync_client_goes_on_too(cutter: Cutter, backend: str) -> None:
+@pytest.mark.parametrize("cuts", [[1] * len(INDEXES), *([after] for after in range(EVENTS + 2))])
+def test_the_sync_client_goes_on_too(cutter: Cutter, backend: str, cuts: list[int]) -> None:
     with SyncClient(cutter.url, backend=backend) as client:  # type: ignore[arg-type]
         task = client.start("ticking", events=EVENTS, task_id=new_id())
-        cutter.after = [2]
-        assert [event.index for event in task.events()] == INDEXES
-    assert cutter.cuts == 1
+        task.wait()
+        cutter.after = [*cuts]
+        events = task.events()
+        assert [event.index for event in events] == INDEXES
+        assert events.record is not None
+    assert cutter.cuts == len(cuts)

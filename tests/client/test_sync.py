@@ -11,6 +11,7 @@ import pytest
 
 from llama_corral.client import SyncClient
 from llama_corral.exceptions import NotFound, TaskCancelled, TaskFailed
+from llama_corral.protocol.messages import new_id
 
 
 @pytest.fixture(params=["trio", "asyncio"])
@@ -61,6 +62,17 @@ def test_errors(client: SyncClient) -> None:
     task.cancel()
     with pytest.raises(TaskCancelled):
         client.task(task.id).result(timeout=10)
+
+
+def test_options_keys_and_replay(client: SyncClient) -> None:
+    key = new_id()
+    assert client.run("flaky", name=key, failures=0, retry_on="*", backoff=0.01, idempotency_key=key) == 1
+    assert client.start("flaky", name=key, failures=0, retry_on="*", backoff=0.01, idempotency_key=key).result() == 1
+    task = client.start("flaky", name=new_id(), failures=1)
+    with pytest.raises(TaskFailed):
+        task.result()
+    assert task.retry().id == client.retry(task.id).id
+    assert client.retry(task.id).result() == 2
 
 
 def test_many_threads(client: SyncClient) -> None:

@@ -172,10 +172,15 @@ class Corral:
 
 @asynccontextmanager
 async def open_corral(
-    url: str = "sqlite://", *, alone: bool = True, queue: MemoryMessageQueue | None = None, **settings: Any
+    url: str = "sqlite://",
+    *,
+    alone: bool = True,
+    queue: MemoryMessageQueue | None = None,
+    time_limit: float = 20,
+    **settings: Any,
 ) -> AsyncIterator[Corral]:
     config = ControlPlaneConfig(**{"topic_namespace": "test", **settings})
-    with anyio.fail_after(20):
+    with anyio.fail_after(time_limit):
         async with SqlStore(url) as store, queue or MemoryMessageQueue() as queue:
             async with ControlPlane(store, queue, config=config, alone=alone) as plane:
                 yield Corral(store, queue, plane)

@@ -27,6 +27,11 @@ def completed(task_id: str, result: str = "done", **fields: Any) -> QueueMessage
     return QueueMessage(action=ActionTypes.COMPLETED_TASK, type="control_plane", data=data)
 
 
+def new_task(task_id: str, service_name: str) -> QueueMessage:
+    definition = TaskDefinition(input="{}", task_id=task_id, agent_id=service_name)
+    return QueueMessage(action=ActionTypes.NEW_TASK, type="control_plane", data=definition.model_dump())
+
+
 async def start(corral: Corral, **options: Any) -> str:
     """A task that a service of the original has taken out of its message."""
     await corral.plane.services.define(ServiceDefinition(service_name="old"))
@@ -169,8 +174,10 @@ async def test_the_plane_listens_to_its_own_topic_and_buries_what_it_cannot_use(
     assert record is not None
     assert TaskResult.model_validate(completed(task_id).data).result == record.result_text
     assert await indices(corral, task_id) == [0]
-    assert (await corral.message("dead_letter")).id_ == "useless"
-    assert corral.queue.statistics()["topics"]["test.dead_letter"] == 1
     assert "refused" in caplog.text
     await anyio.wait_all_tasks_blocked()
     assert corral.queue.statistics()["open"]["test.control_plane"] == 0
+    second, first = await corral.plane.list_dead_letters()
+    assert json.loads(first.message)["id_"] == "useless"
+    assert (first.topic, first.reason) == (own, "The control plane takes no messages with action wake_up.")
+    assert "nothing" in second.reason

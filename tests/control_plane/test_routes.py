@@ -74,7 +74,29 @@ async def test_the_configuration_is_told_without_credentials() -> None:
         assert answer["state_store_uri"] is None
         assert answer.keys() >= {"services_store_key", "step_interval", "host", "port", "running", "use_tls"}
     async with open_web() as web:
-        assert (await web.client.get("/queue_config")).json() == {"MemoryMessageQueue": {}}
+        assert (await web.client.get("/queue_config")).json().keys() == {"SimpleMessageQueueConfig"}
+
+
+@pytest.mark.promise("P11")
+async def test_no_route_tells_a_credential() -> None:
+    config = {"RedisConfig": {"url": "redis://user:hunter2@mq/0", "options": [{"api_key": "hunter2"}]}}
+    async with open_web(config, state_store_uri="redis://user:hunter2@db") as web:
+        service = await web.service(slots=1)
+        session, task = await start(web)
+        await service.complete(await service.wait_claim())
+        document = (await web.client.get("/openapi.json")).json()
+        asked = 0
+        for path, methods in document["paths"].items():
+            if "get" not in methods or path.startswith("/messages"):  # the queue's own route waits for a message
+                continue
+            address = path.replace("{session_id}", session).replace("{task_id}", task).replace("{service_name}", "svc")
+            answer = await web.client.get(address)
+            assert answer.status_code == 200, address
+            assert "hunter2" not in answer.text + repr(answer.headers), address
+            asked += 1
+        assert asked > 12
+        answer = await web.client.post("/services/register", json={"service_name": "other"})
+        assert "hunter2" not in answer.text
 
 
 async def test_services_are_registered_listed_and_deregistered() -> None:

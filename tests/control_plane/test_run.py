@@ -182,6 +182,44 @@ async def test_a_stopping_server_ends_streams_properly() -> None:
         assert answer.status_code == 202
 
 
+@pytest.mark.promise("P3", "P7")
+async def test_a_stopping_server_leaves_lines_visibly_incomplete() -> None:
+    """The original's stream has no last line that could say so: its body breaks off, and goes on by `?from=`."""
+    async with open_web() as web:
+        service = await web.service(slots=1)
+        ids = (await web.client.post(RUN, params={"detach": True}, json={})).json()
+        claim = await service.wait_claim()
+        await service.report(claim, {"n": 0}, {"n": 1})
+        path = f"/sessions/{ids['session_id']}/tasks/{ids['task_id']}/result_stream"
+        lines: list[str] = []
+
+        async def read() -> None:
+            async with web.client.stream("GET", path) as response:
+                async for line in response.aiter_lines():
+                    lines.append(line)
+                    web.stop.set()
+
+        with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):
+            await read()
+        assert lines == ['{"n": 0}', '{"n": 1}']
+        page = await web.plane.read_events(ids["task_id"])
+        assert not page.record.status.is_terminal
+
+
+async def test_lines_go_on_from_where_the_client_is() -> None:
+    async with open_web() as web:
+        service = await web.service(slots=1)
+        ids = (await web.client.post(RUN, params={"detach": True}, json={})).json()
+        claim = await service.wait_claim()
+        await service.report(claim, {"n": 0}, {"n": 1}, {"n": 2})
+        await service.complete(claim)
+        path = f"/sessions/{ids['session_id']}/tasks/{ids['task_id']}/result_stream"
+        for start in range(5):
+            rest = (await web.client.get(path, params={"from": start})).text.splitlines()
+            assert [json.loads(line)["n"] for line in rest] == list(range(start, 3))
+        assert (await web.client.get(path, params={"from": "x"})).status_code == 422
+
+
 @pytest.mark.promise("P9")
 async def test_a_draining_plane_refuses_runs_but_answers_questions() -> None:
     async with open_web() as web:

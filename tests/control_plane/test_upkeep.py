@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 
+from llama_corral.control_plane import upkeep
 from llama_corral.control_plane.alarm import Alarm
 from llama_corral.control_plane.leases import Leases
 from llama_corral.exceptions import Conflict
 from llama_corral.protocol.lifecycle import TaskStatus
 from llama_corral.protocol.messages import ServiceDefinition
-from llama_corral.protocol.records import HeldTask, InstanceRecord, Ticket
+from llama_corral.protocol.records import HeldTask, InstanceRecord
+from llama_corral.queues.memory import MemoryMessageQueue
 
 from .corral import Corral, open_corral
 
@@ -36,6 +39,55 @@ async def test_the_next_process_takes_over_at_once(tmp_path: Path) -> None:
         claims = [await service.take_ticket(corral.queue), await service.take_ticket(corral.queue)]
         found = {claim.task_id: claim.attempt for claim in claims if claim is not None}
         assert found == {running.task_id: 2, queued.task_id: 1}
+
+
+@pytest.mark.promise("P2", "P12")
+async def test_a_long_queue_is_published_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "PORTION", 3)
+    monkeypatch.setattr(upkeep, "BACKLOG_INTERVAL", 0.01)
+    url = f"sqlite:///{tmp_path}/corral.db"
+    async with open_corral(url) as corral:
+        await corral.service()
+        accepted = [(await corral.plane.submit("svc", {})).task_id for _ in range(10)]
+    async with open_corral(url) as corral:
+        await anyio.wait_all_tasks_blocked()
+        assert corral.queue.statistics()["topics"]["test.svc"] == 3
+        service = await corral.service()
+        done = []
+        while len(done) < 10:
+            claim = await service.take_ticket(corral.queue)
+            if claim is not None:
+                await service.complete(claim)
+                done.append(claim.task_id)
+        assert sorted(done) == sorted(accepted)
+
+
+@pytest.mark.promise("P2", "P8")
+async def test_workers_live_on_when_their_control_plane_is_restarted(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/corral.db"
+    async with open_corral(url) as corral:
+        worker = await corral.service(register=False)
+        worker.instance_id = "far"
+        claim = await corral.elsewhere("svc", worker)
+    async with open_corral(url) as corral:
+        held = HeldTask(claim.task_id, claim.epoch)
+        answer = await corral.plane.heartbeat("far", [held])
+        assert (answer.known, answer.fenced) == (True, ())
+        worker.plane = corral.plane
+        assert (await worker.complete(claim)).status == "ok"
+        assert (await corral.plane.get_task(claim.task_id)).attempts == 0
+
+
+@pytest.mark.promise("P2")
+async def test_a_worker_that_died_with_its_control_plane_is_judged_by_its_lease(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/corral.db"
+    async with open_corral(url) as corral:
+        worker = await corral.service(register=False)
+        worker.instance_id = "far"
+        claim = await corral.elsewhere("svc", worker)
+    async with open_corral(url, lease=0.1) as corral:
+        assert (await corral.plane.get_task(claim.task_id)).owner == "far"
+        assert (await corral.message("svc")).data["task_id"] == claim.task_id
 
 
 @pytest.mark.promise("P2")
@@ -88,6 +140,19 @@ async def test_a_silent_instance_is_reaped_and_one_that_beats_is_not() -> None:
         assert not (await corral.plane.heartbeat("silent", ())).known
 
 
+@pytest.mark.promise("P1", "P2")
+async def test_an_owner_that_is_not_registered_is_missed_too() -> None:
+    """It was given up too early, claimed once more before it knew, and died. Or its claim was late."""
+    async with open_corral(lease=0.05) as corral:
+        service = await corral.service(register=False)
+        claim = await corral.elsewhere("far", service)
+        await corral.store.delete_instance(service.instance_id)
+        async with corral.queue.consumer(corral.topic("far")) as consumer:
+            (delivery,) = await consumer.receive()
+        assert delivery.message.data["task_id"] == claim.task_id
+        assert (await corral.plane.get_task(claim.task_id)).attempts == 1
+
+
 @pytest.mark.promise("P1")
 async def test_a_task_that_loses_its_worker_too_often_fails_and_its_reader_hears_it() -> None:
     async with open_corral(lease=0.05, max_attempts=1) as corral:
@@ -124,8 +189,8 @@ async def test_an_alarm_knows_the_next_moment_only(anyio_backend: str) -> None:
     with anyio.move_on_after(0.01) as early:
         await alarm.wait_due(lambda: now[0])
     assert early.cancelled_caught
-    now[0] = 1060.0
-    await alarm.wait_due(lambda: now[0])
+    now[0] = 1061.0
+    assert await alarm.wait_due(lambda: now[0]) == 1060.0
     assert alarm.next == math.inf
     async with anyio.create_task_group() as group:
         group.start_soon(alarm.wait_due, lambda: now[0])
@@ -147,24 +212,52 @@ async def test_the_backstop_brings_a_ticket_that_was_lost() -> None:
         assert claim.task_id == accepted.task_id
 
 
+async def count_looks(corral: Corral, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Return when the backstop has looked so often."""
+    looks = 0
+    enough = anyio.Event()
+    look = corral.store.next_due  # the last thing that it asks
+
+    async def count(now: float) -> float | None:
+        nonlocal looks
+        looks += 1
+        if looks == number:
+            enough.set()
+        return await look(now)
+
+    monkeypatch.setattr(corral.store, "next_due", count)
+    await enough.wait()
+
+
 async def test_the_backstop_does_not_repeat_what_still_waits_in_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     async with open_corral(backstop_interval=0.01) as corral:
-        looks: list[int] = []
-        often = anyio.Event()
-        look = corral.store.due_tickets
-
-        async def count(**options: Any) -> list[Ticket]:
-            found = await look(**options)
-            looks.append(len(found))
-            if looks.count(1) == 3:
-                often.set()
-            return found
-
-        monkeypatch.setattr(corral.store, "due_tickets", count)
         await corral.service()
         await corral.plane.submit("svc", {})
-        await often.wait()
+        await count_looks(corral, monkeypatch, 3)
         assert corral.queue.statistics()["topics"]["test.svc"] == 1
+
+
+class UncountedQueue(MemoryMessageQueue):
+    """Does not know how many messages wait, as most brokers."""
+
+    def statistics(self) -> Mapping[str, Any]:
+        return {**super().statistics(), "topics": {}}
+
+
+@pytest.mark.promise("P12")
+async def test_the_backstop_does_not_fill_a_queue_that_cannot_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_corral(backstop_interval=0.01, queue=UncountedQueue()) as corral:
+        service = await corral.service(slots=2)  # its capacity
+        for _ in range(2):
+            await corral.plane.submit("svc", {})
+        lost = await corral.plane.submit("svc", {})
+        assert (await corral.message("svc")).data["task_id"] == lost.task_id
+        before = corral.queue.statistics()["published"]
+        await count_looks(corral, monkeypatch, 3)
+        assert corral.queue.statistics()["published"] == before
+        # A slot is free, and nobody takes the task: its ticket is lost.
+        await service.complete(await service.wait_claim())
+        assert (await corral.message("svc")).data["task_id"] == lost.task_id
 
 
 @pytest.mark.promise("P10")

@@ -21,7 +21,7 @@ Line = tuple[str, str]
 PAST_HELD = ("queued", "owned", "idle")
 
 
-@dataclass
+@dataclass(eq=False)
 class Life:
     """One task. `log` and `inbox` hold payloads; every payload of a test is unique."""
 
@@ -75,6 +75,9 @@ class Promised:
         self.lives: dict[str, Life] = {}
         self.policies: dict[str, str] = {}
         self.contexts: dict[Line, tuple[int, str]] = {}
+        self.used_epochs = 0
+        """Of deleted tasks: an id that comes again begins with this one, which nobody had."""
+        self._queued: set[str] = set()
 
     def line(self, line: Line | None) -> Iterator[Life]:
         """The open tasks of a line in the order of their acceptance."""
@@ -82,6 +85,11 @@ class Promised:
 
     def owned_by(self, instance_id: str) -> list[Life]:
         return [life for life in self.lives.values() if life.place == "owned" and life.owner == instance_id]
+
+    def newly_queued(self) -> set[str]:
+        """The tasks to be published by whoever has just been answered."""
+        queued, self._queued = self._queued, set()
+        return {task_id for task_id in queued if (life := self.lives.get(task_id)) and life.place == "queued"}
 
     # Calls
 
@@ -98,7 +106,7 @@ class Promised:
         policy = None if line is None else self.policies[line[0]]
         if busy and policy == "reject":
             return "busy"
-        life = self.lives[task.task_id] = Life(task, line, not_before=task.not_before)
+        life = self.lives[task.task_id] = Life(task, line, epoch=self.used_epochs, not_before=task.not_before)
         if busy and policy == "enqueue":
             life.place = "held"
         elif request is not None:
@@ -111,7 +119,7 @@ class Promised:
             return None
         if life.is_due(request.now):
             life.place, life.epoch, life.seq = "owned", life.epoch + 1, 0
-            life.waiting, life.wake_at = False, None
+            life.waiting, life.wake_at, life.not_before = False, None, None
             life.owner, life.nonce = request.instance_id, request.nonce
             return "new"
         is_same = life.place == "owned" and (life.owner, life.nonce) == (request.instance_id, request.nonce)
@@ -145,6 +153,7 @@ class Promised:
             if again is not None:
                 life.failures += 1
                 self._leave(life, "queued")
+                self._queued.discard(report.task_id)  # not yet
                 life.not_before = again
                 return
         if life.line is not None and terminal.context_error is not None:
@@ -263,12 +272,17 @@ class Promised:
         ended = [life for life in self.lives.values() if life.finished_at is not None and life.finished_at < before]
         return sorted(ended, key=lambda life: life.finished_at or 0)
 
+    def forget(self, life: Life) -> None:
+        del self.lives[life.task.task_id]
+        if life.epoch:
+            self.used_epochs = max(self.used_epochs, life.epoch + 1)
+
     def delete_session(self, session_id: str) -> set[tuple[str, str]] | None:
         if self.policies.pop(session_id, None) is None:
             return None
         gone = [life for life in self.lives.values() if life.line is not None and life.line[0] == session_id]
         for life in gone:
-            del self.lives[life.task.task_id]
+            self.forget(life)
         self.contexts = {line: context for line, context in self.contexts.items() if line[0] != session_id}
         return {(life.task.task_id, life.owner or "") for life in gone if life.place == "owned"}
 
@@ -291,8 +305,9 @@ class Promised:
         if checkpoint.progress:
             life.failures = 0
 
-    @staticmethod
-    def _leave(life: Life, place: Place) -> None:
+    def _leave(self, life: Life, place: Place) -> None:
+        if place == "queued":
+            self._queued.add(life.task.task_id)
         life.place, life.owner, life.nonce, life.waiting, life.wake_at = place, None, None, False, None
 
     def _end(self, life: Life, status: TaskStatus, *, kept: bool = False) -> None:
@@ -302,4 +317,4 @@ class Promised:
         # Its line goes on with the first that is held, once nobody is ahead of that one.
         line = list(self.line(life.line))
         if line and all(each.place == "held" for each in line):
-            line[0].place = "queued"
+            self._leave(line[0], "queued")

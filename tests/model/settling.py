@@ -30,7 +30,8 @@ async def one_round(world: World) -> None:
         await world.repeat_claim(0)
     world.tickets.clear()  # those that come do no harm, those that do not come are due
     worker = (world.alive() or [await world.start_instance()])[0]
-    await world.reap([each.instance_id for each in world.instances if not each.alive])
+    alive = {instance.instance_id for instance in world.alive()}
+    await world.reap(sorted(await world.missed_when_silent() - alive))
     for instance in world.alive():
         await world.heartbeat(instance)
     for run in world.working():

@@ -3,10 +3,8 @@ and reorders; a clock that is set. Every call to the store is told to `Promised`
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 from llama_corral.exceptions import Conflict, NotFound
 from llama_corral.protocol.lifecycle import TaskStatus
@@ -17,7 +15,6 @@ from llama_corral.protocol.records import (
     Claim,
     ClaimRequest,
     ContextUpdate,
-    EventRecord,
     HeldTask,
     InstanceRecord,
     NewTask,
@@ -25,22 +22,16 @@ from llama_corral.protocol.records import (
     ReportAnswer,
     RetryPolicy,
     ServiceRecord,
-    SessionRecord,
-    TaskFilter,
     Terminal,
     Ticket,
 )
 from llama_corral.stores import SqlStore
-from llama_corral.stores.recovery_units import RETRIED
 
-from .promised import Life, Promised
-
-T = TypeVar("T")
+from .ground import Ground
+from .promised import Life
 
 Fate = Literal["heard", "lost call", "lost answer", "twice"]
 FATES: Final[tuple[Fate, ...]] = ("heard", "heard", "heard", "lost call", "lost answer", "twice")
-SERVICES: Final = ("svc", "other")
-SESSIONS: Final = {"e": "enqueue", "r": "reject", "c": "concurrent"}
 RETRY: Final = RetryPolicy(backoff=2.0)
 
 
@@ -67,9 +58,10 @@ class Run:
 
     claim: Claim
     instance: Instance
+    life: Life
+    """Which life of the task's id: it may be deleted and accepted again."""
     seq: int = 0
     inbox_read: int = 0
-    waiting: bool = False
     pending: Report | Release | None = None
     """The call whose answer has not come. It is repeated unchanged before anything else is said."""
     is_over: bool = False
@@ -79,37 +71,18 @@ class Run:
         return self.claim.task_id
 
 
-def pick_from(items: Iterable[T], pick: int) -> T | None:
-    found = list(items)
-    return found[pick % len(found)] if found else None
-
-
-class World:
-    """`act` methods do one thing each; `settle` lets everything come to its end."""
+class World(Ground):
+    """Each method is one call of somebody, or of several at once; `settling.settle` lets everything come to its end."""
 
     def __init__(self, store: SqlStore) -> None:
-        self.store = store
-        self.promised = Promised()
-        self.now = 1_000.0
+        super().__init__(store)
         self.instances: list[Instance] = []
         self.registered: set[str] = set()
         self.runs: list[Run] = []
-        self.tickets: list[Ticket] = []
-        self.said: list[Report | Release | ClaimRequest] = []
+        self.said: list[tuple[Report | Release | ClaimRequest, Life | None]] = []
         """Everything that was ever said: any of it may arrive once more."""
         self.unheard_claims: list[tuple[ClaimRequest, Instance]] = []
         self.unheard_accepts: list[tuple[NewTask, ClaimRequest | None, Instance | None]] = []
-        self.gone: list[NewTask] = []
-        """Accepted once, and deleted with their session."""
-        self.cursors: dict[tuple[str, int], list[str]] = {}
-        self._numbers = 0
-
-    def number(self) -> int:
-        self._numbers += 1
-        return self._numbers
-
-    def payloads(self, count: int) -> tuple[EventRecord, ...]:
-        return tuple(EventRecord("E", f'{{"n":{self.number()}}}') for _ in range(count))
 
     # Instances
 
@@ -135,6 +108,15 @@ class World:
         self.promised.lose(lost)
         self.registered -= set(ids)
         self.publish(await self.store.reap(ids, self.now))
+
+    async def missed_when_silent(self) -> set[str]:
+        """The instances that a reaper judges by their heartbeats."""
+        known = {instance.instance_id for instance in await self.store.list_instances()}
+        assert known == self.registered
+        strangers = set(await self.store.list_strangers())
+        owners = {life.owner for life in self.promised.lives.values() if life.place == "owned"}
+        assert strangers == owners - known
+        return known | strangers
 
     async def heartbeat(self, instance: Instance, *, heard: bool = True) -> None:
         hands = {run.task_id: run for run in self.runs if run.instance is instance and not run.is_over}
@@ -164,25 +146,12 @@ class World:
         self.publish(await self.store.reclaim(instance_id, strays, self.now))
 
     def owns(self, run: Run) -> bool:
-        life = self.promised.lives.get(run.task_id)
+        life = run.life
+        is_there = self.promised.lives.get(run.task_id) is life
         owner = run.instance.instance_id
-        return life is not None and (life.place, life.epoch, life.owner) == ("owned", run.claim.epoch, owner)
-
-    # The queue
-
-    def publish(self, tickets: Iterable[Ticket], *, lost: bool = False) -> None:
-        for ticket in tickets:
-            assert ticket.task_id in self.promised.lives
-        if not lost:
-            self.tickets += tickets
+        return is_there and (life.place, life.epoch, life.owner) == ("owned", run.claim.epoch, owner)
 
     # Accept and claim
-
-    async def create_session(self, session_id: str) -> None:
-        policy: Any = SESSIONS[session_id]
-        created = await self.store.create_session(SessionRecord(session_id, policy=policy, created_at=self.now))
-        assert created == (session_id not in self.promised.policies)
-        self.promised.policies[session_id] = policy
 
     async def accept(self, task: NewTask, by: Instance | None, fate: Fate = "heard") -> None:
         request = None if by is None else ClaimRequest(task.task_id, by.instance_id, f"n{self.number()}", self.now)
@@ -227,7 +196,7 @@ class World:
 
     async def claim(self, ticket: Ticket, by: Instance, fate: Fate = "heard") -> None:
         request = ClaimRequest(ticket.task_id, by.instance_id, f"n{self.number()}", self.now)
-        self.said.append(request)
+        self.said.append((request, None))
         if fate != "lost call":
             claim = await self.tell_claim(request)
             if fate == "twice":
@@ -252,7 +221,7 @@ class World:
     def _check_claim(self, claim: Claim) -> None:
         life = self.promised.lives[claim.task_id]
         assert (claim.epoch, claim.attempt, claim.next_index) == (life.epoch, life.failures + 1, len(life.log))
-        assert claim.cancel_requested == life.cancel
+        assert (claim.cancel_requested, claim.state_error) == (life.cancel, None)
         version, payload = self.promised.contexts.get(life.line, (0, "")) if life.line else (0, "")
         assert (0 if claim.context is None else claim.context.version) == version
         assert claim.context is None or claim.context.payload == payload
@@ -270,7 +239,7 @@ class World:
             return
         if any((run.task_id, run.claim.epoch) == (claim.task_id, claim.epoch) for run in self.runs):
             return  # heard twice
-        run = Run(claim, by)
+        run = Run(claim, by, self.promised.lives[claim.task_id])
         run.inbox_read = max([event.seq for event in claim.inbox], default=self._applied(claim))
         self.runs.append(run)
 
@@ -290,26 +259,28 @@ class World:
 
     async def say(self, run: Run, call: Report | Release, fate: Fate = "heard") -> None:
         run.pending = call
-        self.said.append(call)
+        self.said.append((call, run.life))
         if fate == "lost call":
             return
-        answer = await self.tell(call, tickets_lost=fate == "lost answer")
+        answer = await self.tell(call, run.life, tickets_lost=fate == "lost answer")
         if fate == "twice":
-            answer = await self.tell(call)
+            answer = await self.tell(call, run.life)
         if fate != "lost answer":
             self._hear(run, call, answer)
 
     async def repeat(self, run: Run) -> None:
         assert run.pending is not None
-        self._hear(run, run.pending, await self.tell(run.pending))
+        self._hear(run, run.pending, await self.tell(run.pending, run.life))
 
-    async def tell(self, call: Report | Release, *, tickets_lost: bool = False) -> ReportAnswer:
+    async def tell(self, call: Report | Release, of: Life | None, *, tickets_lost: bool = False) -> ReportAnswer:
+        is_there = self.promised.lives.get(call.task_id) in (None, of)
+        expected = "fenced"  # whatever another life of the same id says
         if isinstance(call, Report):
-            expected = self.promised.report(call)
+            expected = self.promised.report(call) if is_there else expected
             answer = await self.store.report(call)
         else:
             arguments = (call.task_id, call.epoch, call.checkpoint, self.now)
-            expected = self.promised.release(*arguments, call.idle, call.wake_at)
+            expected = self.promised.release(*arguments, call.idle, call.wake_at) if is_there else expected
             answer = await self.store.release(*arguments, idle=call.idle, wake_at=call.wake_at)
         assert answer.status == {"new": "ok", "again": "ok"}.get(expected, expected)
         life = self.promised.lives.get(call.task_id)
@@ -345,7 +316,7 @@ class World:
     async def pull(self, run: Run, *, heard: bool = True) -> None:
         page = await self.store.pull(run.task_id, run.claim.epoch, run.inbox_read)
         life = self.promised.lives.get(run.task_id)
-        owned = life is not None and life.place == "owned" and life.epoch == run.claim.epoch
+        owned = life is run.life and life.place == "owned" and life.epoch == run.claim.epoch
         assert page.status == ("deleted" if life is None else "ok" if owned else "fenced")
         if life is None or not owned:
             run.is_over = run.is_over or heard
@@ -355,96 +326,3 @@ class World:
         assert [(event.seq, event.payload) for event in page.events] == unread
         if heard:
             run.inbox_read = page.head
-
-    # From outside
-
-    async def cancel(self, task_id: str) -> None:
-        expected = self.promised.cancel(task_id)
-        answer = await self._ask(lambda: self.store.request_cancel(task_id, self.now), expected)
-        if answer is not None:
-            assert answer.ended == (expected == "ended")
-            self.publish(answer.tickets)
-
-    async def send(self, task_id: str) -> None:
-        payload = f'{{"n":{self.number()}}}'
-        expected = self.promised.send(task_id, payload)
-        answer = await self._ask(lambda: self.store.send(task_id, payload, self.now), expected)
-        if answer is not None:
-            life = self.promised.lives[task_id]
-            assert answer.seq == len(life.inbox)
-            assert answer.owner == life.owner
-            self.publish(answer.tickets)
-
-    @staticmethod
-    async def _ask(call: Callable[[], Any], expected: str) -> Any:
-        try:
-            answer = await call()
-        except NotFound:
-            assert expected == "unknown"
-            return None
-        except Conflict:
-            assert expected == "too late"
-            return None
-        assert expected not in ("unknown", "too late")
-        return answer
-
-    async def expire(self) -> None:
-        expected = self.promised.expire(self.now)
-        answers = await self.store.expire(self.now)
-        assert {answer.task_id for answer in answers} == expected
-        for answer in answers:
-            self.publish(answer.tickets)
-
-    async def wake(self) -> None:
-        expected = self.promised.wake(self.now)
-        tickets = await self.store.wake(self.now)
-        assert {ticket.task_id for ticket in tickets} == expected
-        self.publish(tickets)
-
-    async def delete_session(self, session_id: str) -> None:
-        lives = tuple(self.promised.lives.values())
-        expected = self.promised.delete_session(session_id)
-        self.gone += [life.task for life in lives if life.task.task_id not in self.promised.lives]
-        deleted = await self.store.delete_session(session_id)
-        assert (None if deleted is None else set(deleted.running)) == expected
-        self.tickets = [ticket for ticket in self.tickets if ticket.task_id in self.promised.lives]
-
-    async def retry(self, task_id: str, *, fresh: bool) -> None:
-        new_id = str(uuid.uuid5(RETRIED, task_id))
-        expected = self.promised.retry(task_id, new_id, self.now, fresh)
-        try:
-            accepted = await self.store.retry(task_id, self.now, fresh=fresh)
-        except NotFound:
-            assert expected == "unknown"
-        except Conflict:
-            assert expected == "refused"
-        else:
-            assert (accepted.task_id, accepted.created, expected) in (
-                (new_id, True, "created"),
-                (new_id, False, "known"),
-            )
-            assert accepted.status == self.promised.lives[new_id].stored_status
-
-    async def purge(self, age: float, limit: int) -> None:
-        before = self.now - age
-        removable = self.promised.ended_before(before)
-        assert await self.store.purge(before, limit=limit) == min(limit, len(removable))
-        left = {record.task_id for record in await self.store.list_tasks(TaskFilter(limit=100_000))}
-        removed = [life for life in removable if life.task.task_id not in left]
-        assert [life.finished_at for life in removed] == [life.finished_at for life in removable[:limit]]
-        for life in removed:
-            self.gone.append(self.promised.lives.pop(life.task.task_id).task)
-
-    async def read(self, task_id: str, reader: int, limit: int) -> None:
-        """A reader goes on from its cursor."""
-        seen = self.cursors.setdefault((task_id, reader), [])
-        page = await self.store.read_events(task_id, len(seen), limit)
-        life = self.promised.lives.get(task_id)
-        assert (page is None) == (life is None)
-        if page is not None and life is not None:
-            seen += [event.payload for event in page.events]
-            assert seen == [payload for _, payload in life.log][: len(seen)]
-            assert page.record.event_count == len(life.log)
-
-    def life_of(self, pick: int) -> Life | None:
-        return pick_from(self.promised.lives.values(), pick)

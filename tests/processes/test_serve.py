@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +19,9 @@ pytestmark = [pytest.mark.process, pytest.mark.trio]
 
 @pytest.mark.promise("P1", "P2", "P3", "P5")
 @pytest.mark.timeout(120)
-async def test_killed_with_200_tasks_of_which_50_wait_for_a_person(tmp_path: Path) -> None:
-    options = ("--max-concurrent-tasks", "16")
+@pytest.mark.parametrize("idle", ["60", "0.05"])  # those who wait are in memory, or not any more
+async def test_killed_with_200_tasks_of_which_50_wait_for_a_person(tmp_path: Path, idle: str) -> None:
+    options = ("--max-concurrent-tasks", "16", "--idle-timeout", idle)
     async with flows_stack(tmp_path, "steps", "person", options=options) as stack, Client(stack.url) as client:
         people = await start_named(client, "person", 50)
         await each(wait_event, people)
@@ -37,6 +39,8 @@ async def test_killed_with_200_tasks_of_which_50_wait_for_a_person(tmp_path: Pat
         await each(answer, people)
         records = await check_endings(people)
         assert {record.result for record in records.values()} == {f"person-{n}: yes" for n in range(50)}
+        # They went on where they waited.
+        assert Counter(mark.step for mark in read_marks(tmp_path))["prepare"] == 50
         assert await count_open(client) == 0
         stack.main.terminate()
         assert await stack.main.wait_exit() == 0

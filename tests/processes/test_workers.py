@@ -30,7 +30,7 @@ from .support import (
 pytestmark = [pytest.mark.process, pytest.mark.trio]
 
 DYING = Path(__file__).with_name("dying.py")
-SHORT_LEASE = ("--heartbeat", "0.2", "--lease", "0.8")
+SHORT_LEASE = ("--heartbeat", "0.3", "--lease", "1.5")
 LONG_LEASE = ("--heartbeat", "0.2", "--lease", "20")
 EVERY_STEP = ("--checkpoints", "every_step")
 
@@ -107,6 +107,8 @@ async def test_the_core_is_killed_and_its_workers_go_on(tmp_path: Path) -> None:
         runs = Counter((mark.name, mark.step) for mark in read_marks(tmp_path) if mark.step in "123")
         assert set(runs.values()) == {1}
         assert len(runs) == 3 * len(tasks)
+        stack.main.terminate()  # and it ends although they listen
+        assert await stack.main.wait_exit() == 0
         for worker in stack.workers:
             worker.terminate()
             assert await worker.wait_exit() == 0

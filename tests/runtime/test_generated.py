@@ -68,9 +68,10 @@ def test_generated_workflows_are_told_the_same_everywhere(stages):
 
 
 class Photographer(RunHooks):
-    """Answers what is asked, and keeps what a snapshot has where a call starts and where the run is idle.
+    """Answers what is asked, and keeps what a snapshot has where a call starts, where one has ended and where the run is
+    idle.
 
-    Not while a step that sends events is at work: started again it sends them again, as upstream's does.
+    Not while a step is at work that has sent events: started again it sends them again, as upstream's does.
     """
 
     def __init__(self, case):
@@ -85,11 +86,14 @@ class Photographer(RunHooks):
     async def before_step(self, step):
         self.take()
 
+    def on_step_done(self):
+        self.take()
+
     def on_idle(self):
         self.take()
 
     def take(self):
-        if self.run.broker_state.is_running and not any("send" in step for step in self.run.running_steps()):
+        if self.run.broker_state.is_running and not self.run.has_half_sent:
             self.moments.append((json.dumps(self.run.context.to_dict()), self.run.held_events()))
 
 

@@ -60,6 +60,10 @@ class Photographer(RunHooks):
                 self.ended |= {call for call in self.workflow.ended if call.split()[0] == event.name}
         self.take(what)
 
+    def on_step_done(self):
+        assert not self.run.is_done
+        self.take("a step has ended")
+
     def on_idle(self):
         self.take("idle")
 

@@ -115,3 +115,40 @@ class WaitsFor(Workflow):
                     answers.append(response.response)
                 await ctx.store.set("answers", answers)
         return StopEvent(result=answers)
+
+
+class First(Event):
+    n: int = 0
+
+
+class Second(Event):
+    n: int = 0
+
+
+class Chain(Workflow):
+    """Three steps, each of which publishes and then waits until its name is opened."""
+
+    def __init__(self, probe: Probe, **options: Any) -> None:
+        super().__init__(**options)
+        self.probe = probe
+
+    async def _work(self, name: str, ctx: Context) -> None:
+        with self.probe.inside(name):
+            ctx.write_event_to_stream(Progress(n=len(self.probe.entered)))
+            await self.probe.wait_open(name)
+
+    @step
+    async def one(self, ev: StartEvent, ctx: Context) -> First:
+        await self._work("one", ctx)
+        await ctx.store.set("one", True)
+        return First()
+
+    @step
+    async def two(self, ev: First, ctx: Context) -> Second:
+        await self._work("two", ctx)
+        return Second()
+
+    @step
+    async def three(self, ev: Second, ctx: Context) -> StopEvent:
+        await self._work("three", ctx)
+        return StopEvent(result=sorted((await ctx.store.get_state()).keys()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -19,7 +20,7 @@ from llama_corral.abc import Coordinator, MessageQueue, Store
 from llama_corral.control_plane import ControlPlane, ControlPlaneConfig
 from llama_corral.protocol import topics
 from llama_corral.protocol.messages import ActionTypes, QueueMessage, TaskDefinition
-from llama_corral.protocol.records import StoredEvent, TaskRecord
+from llama_corral.protocol.records import Checkpoint, Claim, Report, ReportAnswer, StoredEvent, TaskRecord
 from llama_corral.queues.memory import MemoryMessageQueue
 from llama_corral.services import WorkflowService, WorkflowServiceConfig
 from llama_corral.stores import SqlStore
@@ -189,6 +190,44 @@ class Rig:
     async def answer(self, task_id: str, text: str = "yes") -> None:
         # As upstream's clients write it: a control plane that has no service of the task here knows events by this form.
         await self.plane.send_event(task_id, JsonSerializer().serialize(HumanResponseEvent(response=text)))
+
+
+class Recorder:
+    """The way to the coordinator, on which a test reads what was said and answered."""
+
+    def __init__(self, plane: Any) -> None:
+        self.plane = plane
+        self.reports: list[Report] = []
+        self.releases: list[tuple[Checkpoint | None, dict[str, Any]]] = []
+        self.claims: list[Claim] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.plane, name)
+
+    async def claim(self, *args: Any) -> Claim | None:
+        claim: Claim | None = await self.plane.claim(*args)
+        if claim is not None:
+            self.claims.append(claim)
+        return claim
+
+    async def report(self, report: Report) -> ReportAnswer:
+        answer: ReportAnswer = await self.plane.report(report)
+        self.reports.append(report)
+        return answer
+
+    async def release(self, task_id: str, epoch: int, checkpoint: Checkpoint | None, **how: Any) -> ReportAnswer:
+        answer: ReportAnswer = await self.plane.release(task_id, epoch, checkpoint, **how)
+        self.releases.append((checkpoint, how))
+        return answer
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        return [report.checkpoint for report in self.reports if report.checkpoint is not None]
+
+
+async def take_away(rig: Rig, service: WorkflowService) -> None:
+    """What the reaper does with a service's tasks when its process is dead; here it is there to take them again."""
+    rig.plane._effects.tickets(await rig.store.reap([service.instance_id], time.time()))
 
 
 def response(text: str = "yes", **fields: Any) -> str:

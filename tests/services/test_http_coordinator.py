@@ -44,9 +44,12 @@ from llama_corral.protocol.records import (
     Terminal,
     Ticket,
 )
+from llama_corral.queues.http import HttpMessageQueue
+from llama_corral.services import WorkflowService, WorkflowServiceConfig
 from llama_corral.services.http_coordinator import HttpCoordinator
 
 from ..threaded import Threaded, open_core
+from .flows import Echo
 
 pytestmark = pytest.mark.anyio
 
@@ -357,3 +360,59 @@ def test_records_survive_the_way(kind: type[Any], data: st.DataObject) -> None:
     assert adapter.validate_python(json.loads(json.dumps(sent))) == adapter.validate_json(json.dumps(sent)) == record
     sent["of_a_later_release"] = {"a": [1]}
     assert adapter.validate_json(json.dumps(sent)) == record
+
+
+# A service on it
+
+
+@asynccontextmanager
+async def served_by(url: str) -> AsyncIterator[WorkflowService]:
+    async with HttpLink(url) as link, HttpMessageQueue(url, link=link) as queue:
+        config = WorkflowServiceConfig(service_name="svc")
+        coordinator = HttpCoordinator(url, link=link)
+        service = WorkflowService(Echo(), queue, config, coordinator=coordinator, step_flavour="anyio")
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(service.processing_loop)
+            yield service
+            service.stop()
+
+
+async def outcome(core: Threaded, **arguments: Any) -> Any:
+    task = await core.run(core.plane.submit, "svc", arguments)
+    record = await core.run(core.plane.wait_result, task.task_id, 20)
+    assert record is not None
+    assert record.status is TaskStatus.COMPLETED
+    return json.loads(record.result), record.event_count
+
+
+@pytest.mark.promise("P1", "P2")
+async def test_a_service_outlives_its_core(anyio_backend: str) -> None:
+    """A core that comes back with an empty store knows nobody: the instance registers again by its heartbeat."""
+    with anyio.fail_after(30):
+        async with open_core(heartbeat_interval=0.1) as first:
+            port = first.port
+            async with served_by(first.url) as service:
+                assert await outcome(first, value="hello", count=3) == ("hello", 4)
+                await first.end()
+                async with open_core(port=port, heartbeat_interval=0.1) as second:
+                    while service.instance_id not in await second.run(instances, second):
+                        await anyio.wait_all_tasks_blocked()
+                    assert await outcome(second, value="again") == ("again", 1)
+                    service.stop()
+                    while await second.run(instances, second):
+                        await anyio.wait_all_tasks_blocked()
+
+
+async def instances(core: Threaded) -> list[str]:
+    return [instance.instance_id for instance in await core.store.list_instances()]
+
+
+async def test_a_service_whose_core_is_not_there_says_so(anyio_backend: str) -> None:
+    async with open_core() as core:
+        url = core.url
+    async with HttpLink(url) as link, HttpMessageQueue(url, link=link, patience=0.1) as queue:
+        config = WorkflowServiceConfig(service_name="svc")
+        coordinator = HttpCoordinator(url, link=link)
+        service = WorkflowService(Echo(), queue, config, coordinator=coordinator, step_flavour="anyio")
+        with pytest.raises(Unavailable, match=url):
+            await service.processing_loop()

@@ -18,6 +18,7 @@ from .output import EXIT_CANCELLED, EXIT_FAILURE, EXIT_USAGE, complain
 COMMANDS: Final = {
     "serve": ("serve", "Serve workflows: control plane, queue, services and store in one process."),
     "core": ("core", "Run control plane, queue and store, for workers in other processes."),
+    "worker": ("worker", "Run workflows for a control plane in another process."),
     "demo": ("demo", "Digest texts through the whole system, in one process."),
     "run": ("run", "Run a service: stream its events, answer its questions, print its result."),
     "services": ("listings", "List the services."),

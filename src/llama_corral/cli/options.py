@@ -41,8 +41,8 @@ Checkpoints = Annotated[
     ),
 ]
 IdleTimeout = Annotated[
-    float | None,
-    typer.Option(help="Seconds after which a run that waits leaves memory until its event comes.", min=0),
+    float,
+    typer.Option(help="Seconds after which a run that waits leaves memory until its event comes; 0: never.", min=0),
 ]
 OnChange = Annotated[
     Literal["resume", "restart", "fail"],

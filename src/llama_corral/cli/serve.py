@@ -25,7 +25,7 @@ def serve(
     max_concurrent_tasks: opt.MaxConcurrentTasks = 8,
     step_flavour: opt.StepFlavour = "asyncio",
     checkpoints: opt.Checkpoints = "auto",
-    idle_timeout: opt.IdleTimeout = None,
+    idle_timeout: opt.IdleTimeout = 60.0,
     on_change: opt.OnChange = "resume",
     retention: opt.Retention = None,
     max_queued_tasks: opt.MaxQueuedTasks = None,
@@ -63,7 +63,7 @@ def serve(
             max_concurrent_tasks=max_concurrent_tasks,
             step_flavour=step_flavour,
             checkpoints=checkpoints,
-            idle_timeout=idle_timeout,
+            idle_timeout=idle_timeout or None,
             on_change=on_change,
             drain_timeout=drain_timeout,
         )

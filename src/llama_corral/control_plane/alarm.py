@@ -28,11 +28,12 @@ class Alarm:
             self.next = moment
             self._earlier.set()
 
-    async def wait_due(self, now: Callable[[], float]) -> None:
-        """Return when the next moment has come; it is forgotten then. What is added from now on is for the next call."""
+    async def wait_due(self, now: Callable[[], float]) -> float:
+        """Return the next moment when it has come; it is forgotten then. What is added from now on is for the next call."""
         while self.next > now():
             self._earlier = anyio.Event()
             # Wall clocks are set, and a timer of the loop does not notice.
             with anyio.move_on_after(min(LONGEST_SLEEP, self.next - now())):
                 await self._earlier.wait()
-        self.next = math.inf
+        due, self.next = self.next, math.inf
+        return due

@@ -88,11 +88,12 @@ def check_event(events: str | None, payload: str) -> str:
         raise BadInput(f"The event is a JSON {_kind(event)}, not an object", hint=_EVENT_HINT)
     if events is None:
         return payload
-    name = event.get("qualified_name")
+    # The short form, too, and the same class under another path: as a service in this process takes them.
+    name = event.get("qualified_name", event.get("type"))
     if not isinstance(name, str):
         raise BadInput("The event does not name its type", hint=_EVENT_HINT)
     known = [item["qualified_name"] for item in _loaded(events, [])]
-    if name not in known:
+    if name.rpartition(".")[2] not in (each.rpartition(".")[2] for each in known):
         raise BadInput(
             f"The workflow knows no event of type {name[:200]!r}",
             hint=f"It knows {', '.join(known) or 'none'}.",

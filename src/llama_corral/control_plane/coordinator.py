@@ -66,10 +66,14 @@ class StoreCoordinator(Coordinator):
         self._strays.forget(instance_id)
         with anyio.CancelScope(shield=True):
             # It should hold nothing any more; what it does hold is freed with it.
-            self._effects.lost(await self._store.reap([instance_id], self._now()), self._now())
+            self._effects.lost(await self._store.reap([instance_id], self._now()))
 
     async def claim(self, ticket: Ticket, instance_id: str, nonce: str) -> Claim | None:
-        return await self._store.claim(ClaimRequest(ticket.task_id, instance_id, nonce, self._now()))
+        claim = await self._store.claim(ClaimRequest(ticket.task_id, instance_id, nonce, self._now()))
+        if claim is None:
+            # Most often it is done already; but a task of a session that is ticketed early may not start yet.
+            self._effects.look_again()
+        return claim
 
     async def report(self, report: Report) -> ReportAnswer:
         terminal = report.terminal
@@ -94,9 +98,8 @@ class StoreCoordinator(Coordinator):
         wake_at: float | None = None,
     ) -> ReportAnswer:
         with anyio.CancelScope(shield=True):
-            now = self._now()
-            answer = await self._store.release(task_id, epoch, checkpoint, now, idle=idle, wake_at=wake_at)
-            self._effects.released(task_id, answer, now, wake_at)
+            answer = await self._store.release(task_id, epoch, checkpoint, self._now(), idle=idle, wake_at=wake_at)
+            self._effects.released(task_id, answer, wake_at)
         return answer
 
     async def heartbeat(self, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:
@@ -110,7 +113,7 @@ class StoreCoordinator(Coordinator):
         """Give tasks that an instance owns without knowing it to others, as if it had died with them."""
         with anyio.CancelScope(shield=True):
             tickets = await self._store.reclaim(instance_id, lost, self._now())
-            self._effects.lost(tickets, self._now())
+            self._effects.lost(tickets)
         logger.warning("%s did not know of %d of its tasks; they are taken away from it", instance_id, len(lost))
 
     async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage:

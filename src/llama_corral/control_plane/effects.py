@@ -10,7 +10,7 @@ tickets are due, and a wake-up is a hint.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
@@ -35,7 +35,7 @@ Item = Ticket | tuple[QueueMessage, str, bool]
 OUTBOX_LIMIT: Final = 10_000
 PUBLISHERS: Final = 4
 LOOK_AGAIN: Final = 1.0
-"""Seconds after which tasks that lost their owner are looked at for deadlines: once for many of them."""
+"""Seconds after which the store is asked what is due next, where only it knows: once for many tasks."""
 MESSAGES_INSTANCE: Final = "messages"
 """The owner of tasks whose service takes them out of messages and never claims."""
 
@@ -90,7 +90,14 @@ class Effects:
     """
 
     def __init__(
-        self, store: Store, queue: MessageQueue, registry: Registry, config: ControlPlaneConfig, *, alone: bool
+        self,
+        store: Store,
+        queue: MessageQueue,
+        registry: Registry,
+        config: ControlPlaneConfig,
+        now: Callable[[], float],
+        *,
+        alone: bool,
     ) -> None:
         self.changes = Changes()
         self.endings = Endings()
@@ -101,6 +108,7 @@ class Effects:
         self._queue = queue
         self._registry = registry
         self._config = config
+        self._now = now
         self._alone = alone
         self._namespace = config.topic_namespace
         self._outbox: MemoryObjectSendStream[Item] | None = None
@@ -126,27 +134,30 @@ class Effects:
             self.alarm.add(answer.retry_at)
             self.changed(task_id, ended=False)
         else:
-            # What is repeated after a lost answer does not say whether it ended the task: whoever waits asks the store.
-            if answer.status == "ok" and not (terminal.error is not None and terminal.error.retryable):
+            if answer.status == "ok":
                 self.endings.put(task_id, terminal)
             self.changed(task_id)
         self.tickets(answer.tickets)
 
-    def lost(self, tickets: Iterable[Ticket], now: float) -> None:
+    def lost(self, tickets: Iterable[Ticket]) -> None:
         """Tasks were taken away from an instance. Some may have ended with it: the answer does not name them, and it is
         rare."""
         self.changes.notify_all()
         self.tickets(tickets)
-        self.alarm.add(now + LOOK_AGAIN)
+        self.look_again()
 
-    def released(self, task_id: str, answer: ReportAnswer, now: float, wake_at: float | None = None) -> None:
+    def released(self, task_id: str, answer: ReportAnswer, wake_at: float | None = None) -> None:
         """A task was handed back, or its run has left memory."""
         self.alarm.add(wake_at)
         # Its deadline was its owner's business until now, and only the store knows it.
-        self.alarm.add(now + LOOK_AGAIN)
+        self.look_again()
         self.tickets(answer.tickets)
         # A request that waits for it may want to know that nobody works on it.
         self.changed(task_id)
+
+    def look_again(self) -> None:
+        """Something may become due of which only the store knows when."""
+        self.alarm.add(self._now() + LOOK_AGAIN)
 
     def wake(self, instance_id: str, task_id: str, kind: str) -> None:
         if instance_id != MESSAGES_INSTANCE:
@@ -217,6 +228,9 @@ class Effects:
             return
         record = await self._store.get_task(ticket.task_id)
         if record is None or record.status.is_terminal:
+            return
+        if record.not_before is not None and record.not_before > self._now():
+            self.alarm.add(record.not_before)
             return
         definition = TaskDefinition(
             input=record.input, task_id=record.task_id, session_id=record.session_id, agent_id=record.service_name

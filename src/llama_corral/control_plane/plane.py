@@ -75,8 +75,8 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
     Args:
         store: Open, and stays open longer than the block. So does `queue`.
         config: Names and times; read from the environment if not given.
-        alone: No other process uses the store (an embedded one with an exclusive lock). Then every instance stored at
-            the start is dead, and what it held is queued again at once; else that takes a lease.
+        alone: No other control plane uses the store (an embedded one with an exclusive lock). Then every embedded instance
+            stored at the start is dead, and what it held is queued again at once. Workers are judged by their lease.
         now: The wall clock.
 
     Attributes:
@@ -97,7 +97,7 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
     ) -> None:
         config = config if config is not None else ControlPlaneConfig()
         registry = Registry()
-        super().__init__(store, registry, Effects(store, queue, registry, config, alone=alone), config, now)
+        super().__init__(store, registry, Effects(store, queue, registry, config, now, alone=alone), config, now)
         self.draining = False
         self._patient_until = math.inf
         self._support: SupportGroup | None = None
@@ -333,10 +333,10 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         return record
 
     def _no_such_task(self, task_id: str) -> NotFound:
-        kept = self.config.retention
-        age = f", or ended more than {kept / 86_400:.3g} days ago" if kept else ""
-        hint = f"GET /tasks lists the tasks. It may have been deleted{age}."
-        return NotFound(f"There is no task {task_id!r}.", hint=hint, task_id=task_id)
+        hint = "GET /tasks lists the tasks. It may have been deleted"
+        if self.config.retention:
+            hint += f", or have ended more than {self.config.retention / 86_400:.3g} days ago"
+        return NotFound(f"There is no task {task_id!r}.", hint=f"{hint}.", task_id=task_id)
 
     async def list_tasks(self, which: TaskFilter) -> list[TaskRecord]:
         return await self._store.list_tasks(which)

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import anyio
@@ -15,7 +16,7 @@ from ..exceptions import QueueUnavailable, Unavailable
 from ..protocol import topics
 from ..protocol.lifecycle import TaskStatus
 from ..protocol.messages import ActionTypes
-from ..protocol.records import TaskFilter, Ticket
+from ..protocol.records import InstanceRecord, TaskFilter, Ticket
 from .config import ControlPlaneConfig
 from .effects import MESSAGES_INSTANCE, Effects
 from .leases import Leases
@@ -24,8 +25,10 @@ from .reports import MessageReports
 
 logger = logging.getLogger(__name__)
 
-START_TICKETS: Final = 1_000_000
-BACKSTOP_TICKETS: Final = 1_000
+PORTION: Final = 5_000
+"""Tickets of a service that are published again at a time. Its next portion follows when these are taken."""
+BACKLOG_INTERVAL: Final = 1.0
+MESSAGES_PAGE: Final = 1_000
 PURGE_BATCH: Final = 200
 ALARM_GAP: Final = 0.02
 FIRST_RETRY: Final = 0.5
@@ -52,6 +55,7 @@ class Upkeep:
         self._config = config
         self._now = now
         self._looked: float | None = None
+        self._backlog: set[str] = set()
 
     # Once, before anything else
 
@@ -70,31 +74,39 @@ class Upkeep:
         for service in await self._store.list_services():
             self._registry.learn(service)
         await self.look()
-        self._effects.tickets(await self._due(START_TICKETS, everything=not self._queue.durable))
+        self._effects.tickets(await self._missing(everything=not self._queue.durable))
 
     # Timers
 
     async def alarm_forever(self) -> None:
         """Do what is due when it is due."""
         while True:
-            await self._effects.alarm.wait_due(self._now)
+            due = await self._effects.alarm.wait_due(self._now)
             try:
-                await self.look()
+                await self.look(due)
             except Unavailable as error:
                 logger.warning("could not look at what is due; the backstop will: %s", error)
             # Not oftener, however many moments there are.
             await anyio.sleep(ALARM_GAP)
 
-    async def look(self) -> None:
+    async def look(self, due: float = math.inf) -> None:
         """End what nobody holds and whose time is over, wake what waits for a timer, ticket what may start now; then set
-        the alarm for what comes next. Owners end their own tasks."""
+        the alarm for what comes next. Owners end their own tasks.
+
+        Args:
+            due: The moment that the alarm was set to. It may lie before the last look: clocks are set back.
+        """
         now = self._now()
         with anyio.CancelScope(shield=True):
             for answer in await self._store.expire(now):
                 self._effects.answered(answer, "timed_out")
             self._effects.tickets(await self._store.wake(now))
         if self._looked is not None:
-            self._effects.tickets(await self._store.due_tickets(limit=START_TICKETS, now=now, since=self._looked))
+            since = min(self._looked if self._looked <= now else 0.0, math.nextafter(due, 0.0))
+            tickets = await self._store.due_tickets(limit=PORTION, now=now, since=since)
+            self._effects.tickets(tickets)
+            if len(tickets) == PORTION:
+                self._effects.in_doubt.set()  # there may be more
         self._looked = now
         await self._expire_messages_only()
         self._effects.alarm.add(await self._store.next_due(now))
@@ -102,7 +114,7 @@ class Upkeep:
     async def _expire_messages_only(self) -> None:
         # Their services do not know about deadlines, and we are the owner.
         for name in list(self._registry.messages_only()):
-            which = TaskFilter((TaskStatus.RUNNING, TaskStatus.WAITING), service_name=name, limit=BACKSTOP_TICKETS)
+            which = TaskFilter((TaskStatus.RUNNING, TaskStatus.WAITING), service_name=name, limit=MESSAGES_PAGE)
             for record in await self._store.list_tasks(which):
                 if record.deadline is None or record.owner != MESSAGES_INSTANCE:
                     continue
@@ -115,7 +127,8 @@ class Upkeep:
         """Look every now and then, and soon after a message could not be published, for what should have happened."""
         retry = FIRST_RETRY
         while True:
-            with anyio.move_on_after(self._config.backstop_interval):
+            interval = self._config.backstop_interval
+            with anyio.move_on_after(min(interval, BACKLOG_INTERVAL) if self._backlog else interval):
                 await self._effects.in_doubt.wait()
             doubt = self._effects.in_doubt.is_set()
             if doubt:
@@ -126,39 +139,46 @@ class Upkeep:
                 retry = FIRST_RETRY
             self._effects.in_doubt = anyio.Event()
             try:
-                self._effects.tickets(await self._due(BACKSTOP_TICKETS, everything=doubt))
+                self._effects.tickets(await self._missing(everything=doubt))
                 await self.look()
             except Unavailable as error:
                 logger.warning("the backstop could not look: %s", error)
                 self._effects.in_doubt.set()
 
-    async def _due(self, limit: int, *, everything: bool) -> list[Ticket]:
-        """Queued tasks whose ticket may be lost: publishing one again is free once, not every time.
+    async def _missing(self, *, everything: bool) -> list[Ticket]:
+        """Tickets that may be lost, a portion for each service: publishing one again is free once, not every time.
 
-        Never those in whose topic messages still wait, where the queue knows that. Without `everything` only those of
+        None for a service in whose topic messages still wait, where the queue knows that. Without `everything` only for
         services with a free slot: somebody would have taken them. Where no slot is free, tickets waiting is as it should
         be, and in a queue that cannot count them every look would leave one more of each.
         """
         waiting = self._queue.statistics().get("topics", {})
         namespace = self._config.topic_namespace
-        queued = {name: counts.get("queued", 0) for name, counts in (await self._store.count_tasks()).items()}
-        unheard = [name for name, number in queued.items() if number and not waiting.get(topics.topic(namespace, name))]
+        counts = await self._store.count_tasks()
+        queued = {name for name, numbers in counts.items() if numbers.get("queued")}
+        heard = {name for name in queued if waiting.get(topics.topic(namespace, name))}
+        unheard = queued - heard
         if unheard and not everything:
-            free = await self._with_free_slots()
             # Services that take tasks out of messages have no slots that anybody knows of.
-            unheard = [name for name in unheard if name in free or self._registry.is_messages_only(name)]
+            speaks = self._registry.is_messages_only
+            free = await self._with_free_slots(counts)
+            unheard = {name for name in unheard if name in free or speaks(name)}
         tickets: list[Ticket] = []
-        for name in unheard:
-            tickets += await self._store.due_tickets(limit=limit, now=self._now(), service_name=name)
+        more: set[str] = set()
+        for name in sorted(unheard):
+            found = await self._store.due_tickets(limit=PORTION, now=self._now(), service_name=name)
+            tickets += found
+            if len(found) == PORTION:
+                more.add(name)
+        # What waits in a topic may be a portion only: after a doubt, and after a portion, it is looked at sooner.
+        self._backlog = (queued if everything else self._backlog & queued) - unheard | more
         return tickets
 
-    async def _with_free_slots(self) -> set[str]:
+    async def _with_free_slots(self, counts: Mapping[str, Mapping[str, int]]) -> set[str]:
         free: dict[str, int] = {}
         for instance in await self._store.list_instances():
             free[instance.service_name] = free.get(instance.service_name, 0) + instance.capacity
-        for name, counts in (await self._store.count_tasks()).items():
-            free[name] = free.get(name, 0) - counts.get("running", 0)
-        return {name for name, slots in free.items() if slots > 0}
+        return {name for name, slots in free.items() if slots > counts.get(name, {}).get("running", 0)}
 
     async def reap_forever(self, *, alone: bool) -> None:
         """Queue again what dead instances hold. Those of this process live as long as it does."""
@@ -177,12 +197,15 @@ class Upkeep:
             for instance_id in local:
                 await self._store.heartbeat(instance_id, ())
         instances = await self._store.list_instances()
-        dead = leases.dead((each for each in instances if each.instance_id not in local), anyio.current_time())
+        # Unregistered owners never beat: those that live register again within their lease.
+        instances += [InstanceRecord(owner, "", 0, 0.0) for owner in await self._store.list_strangers()]
+        spared = local | {MESSAGES_INSTANCE}
+        dead = leases.dead((each for each in instances if each.instance_id not in spared), anyio.current_time())
         if not dead:
             return
         with anyio.CancelScope(shield=True):
             tickets = await self._store.reap(dead, self._now())
-            self._effects.lost(tickets, self._now())
+            self._effects.lost(tickets)
         logger.warning(
             "lost %d instances (%s); %d tasks are queued again", len(dead), ", ".join(dead[:5]), len(tickets)
         )

@@ -21,6 +21,7 @@ PAGE_EVENTS: Final = 500
 PAGE_BYTES: Final = 1_000_000
 FIRST_PAGE_EVENTS: Final = 100
 BACKSTOP: Final = 30.0
+_GONE: Final = "It may have been deleted, or it ended too long ago to be kept."
 
 
 class ReadableLog(Protocol):
@@ -146,7 +147,7 @@ class LogReader:
         draining = _is_draining(self._changes, self._drain)
         page = await self._store.read_events(self.task_id, self.cursor, self._limit)
         if page is None:
-            raise NotFound(f"No task {self.task_id!r}", hint="It may have been deleted.", task_id=self.task_id)
+            raise NotFound(f"No task {self.task_id!r}", hint=_GONE, task_id=self.task_id)
         if page.events:
             self.cursor = page.events[-1].index + 1
             self._fit_limit(page)
@@ -206,7 +207,7 @@ async def wait_terminal(
             over = anyio.current_time() >= deadline or _is_draining(changes, drain)
             record = await store.get_task(task_id)
             if record is None:
-                raise NotFound(f"No task {task_id!r}", hint="It may have been deleted.", task_id=task_id)
+                raise NotFound(f"No task {task_id!r}", hint=_GONE, task_id=task_id)
             if record.status.is_terminal:
                 return record
             if over:

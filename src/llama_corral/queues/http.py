@@ -56,7 +56,8 @@ class HttpMessageQueue(MessageQueue):
         token: Its bearer token.
         link: An open connection pool to that control plane, to be used instead of one of its own; its owner closes it.
         patience: Seconds for which a request is repeated before `QueueUnavailable` is raised.
-        lease: Seconds of silence after which the server takes this client for dead, and gives what it had open to others.
+        lease: Seconds of silence after which the server takes this client for dead, and gives what it had open to others;
+            None: as the server has it.
 
     Raises (all methods):
         QueueUnavailable: closed, or the server is away.
@@ -72,7 +73,7 @@ class HttpMessageQueue(MessageQueue):
         token: str | SecretStr | None = None,
         link: HttpLink | None = None,
         patience: float = DEFAULT_PATIENCE,
-        lease: float = DEFAULT_LEASE,
+        lease: float | None = None,
     ) -> None:
         self._owns_link = link is None
         self.link = HttpLink(url, token) if link is None else link
@@ -215,6 +216,7 @@ class _Leased(ABC):
         self._settling = anyio.Lock()
         self._receiving = anyio.Lock()
         self._polling = False
+        self._left = False
 
     @abstractmethod
     async def open(self, patience: float) -> None:
@@ -223,7 +225,7 @@ class _Leased(ABC):
     async def keep_forever(self) -> None:
         """Settle what has gathered, in as few requests as it takes, and be heard of before the lease ends."""
         while True:
-            with anyio.move_on_after((self._lease.seconds if self._lease else self._queue.lease) / 3):
+            with anyio.move_on_after((self._lease.seconds if self._lease else DEFAULT_LEASE) / 3):
                 await self._news.wait()
             if self._acked or self._nacked or self._abandoned or not self._polling:
                 try:
@@ -236,8 +238,14 @@ class _Leased(ABC):
 
     def end(self) -> calls.SettleCall | None:
         """Use the lease no more. What is to be said to the server at the end; None if it has nothing of ours."""
+        self._left = True
         lease, self._lease = self._lease, None
         return None if lease is None else calls.SettleCall(lease.lease_id, tuple(self._acked), tuple(self._nacked))
+
+    def _check_open(self) -> None:
+        self._queue.check_open()
+        if self._left:
+            raise QueueUnavailable(f"The block that received from {self.topic!r} was left", topic=self.topic)
 
     async def _open(self, path: str, call: calls.OpenCall, patience: float) -> None:
         self._lease = await self._queue.ask(path, call, _LEASE, patience=patience)
@@ -322,7 +330,7 @@ class HttpConsumer(_Leased, Consumer):
             raise ValueError(f"max_messages must be at least 1, got {max_messages}")
         async with self._receiving:
             while True:
-                self._queue.check_open()
+                self._check_open()
                 if self._abandoned is not None:
                     await self._settle()
                 if self._lease is None:
@@ -359,7 +367,7 @@ class HttpSubscription(_Leased, Subscription):
     async def receive(self) -> QueueMessage:
         async with self._receiving:
             while not self._heard:
-                self._queue.check_open()
+                self._check_open()
                 if self._lease is None:
                     raise QueueUnavailable(
                         f"The server has forgotten the subscription to {self.topic!r}",

@@ -7,6 +7,7 @@ from .checks import check_served as check_served
 from .describe import workflow_fingerprint as workflow_fingerprint
 from .describe import workflow_state_type as workflow_state_type
 from .describe import workflow_step_functions as workflow_step_functions
+from .fitting import misfits as misfits
 from .hooks import RunHooks as RunHooks
 from .hooks import Slot as Slot
 from .hooks import SlotHooks as SlotHooks

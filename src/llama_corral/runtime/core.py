@@ -9,6 +9,7 @@ is set no tick is reduced and nothing is published.
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 from abc import abstractmethod
@@ -27,6 +28,7 @@ from .mailbox import (
     Held,
     can_take,
     forget_waiter,
+    has_completed,
     has_failed_for_good,
     hide_answered,
     show_answered,
@@ -131,6 +133,19 @@ class RunCore:
         """True while no step is working and only an outside event or a timer can change that."""
         return self._idle and self._outcome is None
 
+    @property
+    def next_timer(self) -> float | None:
+        """When the run's next timer is due (seconds since the epoch): a waiter's or the workflow's timeout, or a step's
+        retry. None if it has none."""
+        at = self._timers.next_at()
+        return None if math.isinf(at) else at
+
+    @property
+    def has_half_sent(self) -> bool:
+        """Whether a step that is at work has sent events. A run that goes on from a snapshot of this moment starts that
+        step again, which sends them again, beside what has come of them."""
+        return any(call.received for worker in self.broker_state.workers.values() for call in worker.in_progress)
+
     def now(self) -> float:
         """Seconds since the epoch, moved by the backend's clock."""
         return self._epoch + self._clock()
@@ -210,6 +225,8 @@ class RunCore:
             self._obey(command)
             if self._outcome is not None:
                 return
+        if type(tick) is TickStepResult and self._hooks is not None and has_completed(tick, commands):
+            self._hooks.on_step_done()
 
     def _reduced(self, tick: WorkflowTick) -> list[WorkflowCommand]:
         now = self.now()

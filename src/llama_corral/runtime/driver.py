@@ -214,6 +214,8 @@ class RunDriver(RunFamily):
             finally:
                 self._dismiss()
                 self._tasks.cancel_scope.cancel()
+                if self._working and self._hooks is not None:
+                    self._hooks.on_unwinding()
         if self._until_end:
             await self._wait_children()
 

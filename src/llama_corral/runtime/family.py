@@ -68,6 +68,12 @@ class RunFamily(RunCore):
         return self._outcome is not None or self._is_leaving
 
     @property
+    def is_at_rest(self) -> bool:
+        """Whether the run is idle and a snapshot has all of it: it waits neither for its turn nor for a run of a step."""
+        at_work = any(worker.in_progress for worker in self.broker_state.workers.values())
+        return self.is_idle and self._begun and not at_work and not self._adopted and not self._to_start
+
+    @property
     def is_child(self) -> bool:
         """Whether a step of another run started it."""
         return self._parent is not None

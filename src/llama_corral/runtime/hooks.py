@@ -22,6 +22,10 @@ class RunHooks:
         here: what was published so far has been told, and what starts next has not started. Called from the run's own
         tasks, and from asyncio-flavoured code; it must neither wait nor create primitives of either library."""
 
+    def on_unwinding(self) -> None:
+        """The run is over, or being cancelled, and steps of it are still at work: they have been cancelled, and `drive`
+        returns when the last of them has unwound. Called once, by the run's driver."""
+
     def on_idle(self) -> None:
         """No step is working: only an outside event or a timer can change that. Called once each time it happens."""
 

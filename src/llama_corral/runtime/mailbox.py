@@ -8,12 +8,15 @@ until somebody can take it, and a waiter gets one event.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from .upstream import (
+    AddWaiter,
     BrokerState,
+    CommandRunWorker,
     Event,
     StepId,
     StepWorkerFailed,
@@ -21,6 +24,7 @@ from .upstream import (
     TickAddEvent,
     TickStepResult,
     UnhandledEvent,
+    WorkflowCommand,
     event_matches,
     step_accepts_event,
 )
@@ -105,6 +109,22 @@ def has_failed_for_good(tick: TickStepResult) -> bool:
         and result.retry_decision is not None
         and result.retry_decision.delay is None
         for result in tick.result
+    )
+
+
+def has_completed(tick: TickStepResult, commands: Sequence[WorkflowCommand]) -> bool:
+    """Whether a step's call is over with this: it does not wait for an event, and is not tried or started again."""
+    if any(isinstance(result, AddWaiter) for result in tick.result):
+        return False
+    if any(isinstance(result, StepWorkerFailed) for result in tick.result) and not has_failed_for_good(tick):
+        return False
+    # A call that looked at a buffer of collected events which has changed meanwhile is started again, in its place.
+    return not any(
+        isinstance(command, CommandRunWorker)
+        and command.step_id == tick.step_id
+        and command.id == tick.worker_id
+        and command.event is tick.event
+        for command in commands
     )
 
 

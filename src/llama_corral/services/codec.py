@@ -21,6 +21,7 @@ from ..exceptions import BadInput
 from ..protocol.records import EventRecord
 from ..runtime import ContextSerializer, KeptElsewhere
 from .allow_list import collect_types
+from .sizes import EVENT_LIMIT, shortened, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class WorkflowCodec:
     def __init__(self, workflow: Workflow, types: Iterable[type[Any]] = ()) -> None:
         self._workflow = workflow
         self._types = collect_types(workflow, types)
-        self._serializer = ContextSerializer(allowed_types=_without_clashes(self._types))
+        self._serializer = _AllowedSerializer(allowed_types=_without_clashes(self._types))
         self._events: dict[str, type[Event]] = {}
         for cls in self._types:
             if _comes_from_outside(cls):
@@ -114,12 +115,20 @@ class WorkflowCodec:
 
     def encode_event(self, event: Event) -> EventRecord:
         """An event for the log. One that cannot be encoded becomes a record that says so, not a failed run; it has what
-        JSON does not know (the raw output of an agent's tool, for one) as its `str()`, where the rest can be encoded."""
+        JSON does not know (the raw output of an agent's tool, for one) as its `str()`, where the rest can be encoded. So
+        does one that is too large."""
+        record = self._encode(event)
+        if (size := size_of(record.payload)) > EVENT_LIMIT:
+            problem = f"the event takes {size} bytes, and may take {EVENT_LIMIT}"
+            return EventRecord(record.type, json.dumps({"error": problem}))
+        return record
+
+    def _encode(self, event: Event) -> EventRecord:
         name = type(event).__name__
         try:
             return EventRecord(name, json.dumps(event.model_dump(mode="json"), allow_nan=False))
         except Exception as exc:  # whatever a user's serializer raises
-            problem = f"{name} cannot be encoded as JSON: {type(exc).__name__}: {exc}"
+            problem = shortened(f"{name} cannot be encoded as JSON: {type(exc).__name__}: {exc}")
         try:
             rest = json.loads(pydantic_core.to_json(event, fallback=str, inf_nan_mode="null"))
         except Exception:  # the same serializer, or a cycle
@@ -157,7 +166,24 @@ class WorkflowCodec:
 
     def decode_context(self, payload: str) -> Context[Any]:
         """A context that can start or resume a run. Raises ContextSerdeError for what does not fit the workflow."""
-        return Context.from_dict(self._workflow, json.loads(payload), self._serializer)
+        return self.context_of(json.loads(payload))
+
+    def context_of(self, data: dict[str, Any]) -> Context[Any]:
+        """`decode_context` for what is decoded from JSON already."""
+        return Context.from_dict(self._workflow, data, self._serializer)
+
+
+class _AllowedSerializer(ContextSerializer):
+    """Imports nothing, and says where a type is allowed."""
+
+    def resolve_class(self, qualified_name: str) -> type[Any]:
+        try:
+            return super().resolve_class(qualified_name)
+        except ValueError:
+            raise ValueError(
+                f"a value of the type {qualified_name} is refused: the workflow does not name it (WorkflowService takes "
+                "more types as types=[...])"
+            ) from None
 
 
 class _NotingSerializer(ContextSerializer):

@@ -160,6 +160,10 @@ class Intake:
                 logger.warning("the ticket of task %s goes back to the queue: %s", ticket.task_id, exc)
                 await _nack(delivery)
                 return
+            except UsageError as exc:  # given back it would come again at once; its task stays queued
+                logger.error("task %s cannot be claimed: %s", ticket.task_id, exc)
+                await ack(delivery)
+                return
             await ack(delivery)
             if claim is not None:
                 await self._host.execute(claim, slot)
@@ -256,6 +260,8 @@ class Intake:
         except Unavailable as exc:
             logger.warning("the ticket of task %s goes to the queue: %s", ticket.task_id, exc)
             await self._publish(ticket)
+        except UsageError as exc:
+            logger.error("task %s cannot be claimed: %s", ticket.task_id, exc)
         finally:
             slot.release()
 

@@ -11,7 +11,7 @@ import anyio
 import anyio.abc
 
 from ..abc import Coordinator, LocalService, MessageQueue
-from ..exceptions import Unavailable
+from ..exceptions import CorralError, Unavailable
 from ..protocol import topics
 from ..protocol.records import HeldTask, ServiceInfo
 from ..supervision import Backoff
@@ -126,7 +126,7 @@ class Support:
                 if await self._beat() or info.capacity != capacity:
                     await self._host.coordinator.register(info, local=self._host)
                     capacity = info.capacity
-            except Unavailable as exc:
+            except CorralError as exc:  # also where the control plane refuses us: whoever runs both may change that
                 logger.warning("heartbeat of %s failed: %s", self._host.service_name, exc)
 
     async def _beat(self) -> bool:

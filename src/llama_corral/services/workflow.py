@@ -32,6 +32,7 @@ from ..protocol.messages import ActionTypes, QueueMessage, TaskDefinition
 from ..protocol.records import Claim, ContextUpdate, ServiceInfo, Ticket
 from ..runtime import RunOptions, Slot, StepFlavour, check_served, workflow_fingerprint
 from ..supervision import SupportGroup, open_support_group
+from .checkpoints import CheckpointPolicy
 from .codec import WorkflowCodec
 from .config import WorkflowServiceConfig
 from .configured import ConfiguredService, Latch
@@ -39,7 +40,9 @@ from .execution import TaskExecution
 from .intake import Intake, keep_consuming
 from .queue_coordinator import PublishCallback, QueueCoordinator, read_definition
 from .reporter import Reporter
+from .resuming import OnChange
 from .support import Support
+from .sweeper import IdleSweeper
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,9 @@ class WorkflowService(ConfiguredService):
         step_flavour: What async step bodies speak on Trio. "asyncio" runs every existing workflow.
         types: Pydantic types beyond those of the workflow's signatures that may come from the wire.
         drain_timeout: Seconds that working runs get after a stop before they are handed back.
+        checkpoints: When runs are stored, to go on from there if they are interrupted: see `CheckpointPolicy`.
+        idle_timeout: Seconds after which a run that waits leaves memory, until its event or its timer comes; None: never.
+        on_change: What becomes of stored runs and contexts that an earlier version of the workflow left: see `OnChange`.
         debug: Keep tracebacks in the records of failed tasks.
     """
 
@@ -90,6 +96,9 @@ class WorkflowService(ConfiguredService):
         step_flavour: StepFlavour = "asyncio",
         types: Iterable[type[Any]] = (),
         drain_timeout: float = 10.0,
+        checkpoints: CheckpointPolicy = "auto",
+        idle_timeout: float | None = 60.0,
+        on_change: OnChange = "resume",
         debug: bool = False,
         control_plane_url: str | None = None,
         token: SecretStr | None = None,
@@ -106,7 +115,11 @@ class WorkflowService(ConfiguredService):
             coordinator = self._bare = QueueCoordinator(
                 message_queue, publisher_id=self._publisher_id, publish_callback=publish_callback
             )
+            checkpoints, idle_timeout = "none", None  # nobody would keep them
         self._coordinator = coordinator
+        self.checkpoints: CheckpointPolicy = checkpoints
+        self.on_change: OnChange = on_change
+        self.idle_timeout = idle_timeout
         self._capacity: float = config.max_concurrent_tasks
         self._executions: dict[str, TaskExecution] = {}
         self._stop = Latch()
@@ -117,6 +130,7 @@ class WorkflowService(ConfiguredService):
         self._limiter: anyio.CapacityLimiter | None = None
         self._intake: Intake | None = None
         self._support: Support | None = None
+        self._sweeper: IdleSweeper | None = None
         self._runs: SupportGroup | None = None
         self._vars: contextvars.Context | None = None
 
@@ -209,13 +223,14 @@ class WorkflowService(ConfiguredService):
                 await stack.enter_async_context(open_asyncio_loop())
             self._limiter = anyio.CapacityLimiter(self._capacity)
             self._intake = Intake(self, self._limiter)
+            self._sweeper = None if self.idle_timeout is None else IdleSweeper(self.idle_timeout)
             self._draining = self._over = False
             try:
                 await self._run_inside(self._intake, task_status)
             finally:
                 with anyio.move_on_after(CLOSING_TIME, shield=True):
                     await self._leave(self._intake)
-                self._limiter = self._intake = self._support = self._runs = None
+                self._limiter = self._intake = self._support = self._sweeper = self._runs = None
 
     async def _run_inside(self, intake: Intake, task_status: anyio.abc.TaskStatus[None]) -> None:
         name = self.service_name
@@ -227,6 +242,8 @@ class WorkflowService(ConfiguredService):
             support.start_soon(helpers.publish_forever, name=f"publisher of {name}")
             if registration.heartbeat_interval > 0:
                 support.start_soon(helpers.beat_forever, registration.heartbeat_interval, name=f"heartbeat of {name}")
+            if self._sweeper is not None:
+                support.start_soon(self._sweeper.sweep_forever, name=f"idle runs of {name}")
             async with open_support_group() as self._runs:
                 self._vars = contextvars.copy_context()
                 try:
@@ -383,15 +400,21 @@ class WorkflowService(ConfiguredService):
             execution.release()
         elif self._draining:
             execution.release_when_idle()
-        try:
-            await execution.execute()
-        finally:
-            if self._executions.get(task_id) is execution:
-                del self._executions[task_id]
+        await execution.execute()
         if self.config.raise_exceptions and isinstance(execution.error, Exception):
             raise execution.error
 
     # What executions need
+
+    @property
+    def sweeper(self) -> IdleSweeper | None:
+        """See `ExecutionHost`."""
+        return self._sweeper
+
+    def forget(self, execution: TaskExecution) -> None:
+        """See `ExecutionHost`."""
+        if self._executions.get(execution.claim.task_id) is execution:
+            del self._executions[execution.claim.task_id]
 
     def now(self) -> float:
         """Seconds since the epoch."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..exceptions import Conflict, NotFound, UsageError
 from ..protocol.lifecycle import TaskStatus
 from ..protocol.records import Accepted, Claim, ClaimRequest, NewTask
-from .endings import GONE, no_such_task
+from .endings import GONE, no_such_task, used_epochs
 from .rows import claim_answer, retry_text, stored_context
 from .transaction import Transaction
 
@@ -34,6 +34,8 @@ def accept(tx: Transaction, task: NewTask, claim: ClaimRequest | None) -> Accept
     taken = claim if status is TaskStatus.QUEUED and due else None
     if taken is not None:
         status = TaskStatus.RUNNING
+    # A fresh id was never there before, so nobody can have an epoch of it.
+    before = 0 if task.digest is None else used_epochs(tx)
     # An implicit session is the task's own and needs no name of its own: its id is the task's.
     session_id = task.session_id or task.task_id
     inserted = tx.run(
@@ -44,7 +46,7 @@ def accept(tx: Transaction, task: NewTask, claim: ClaimRequest | None) -> Accept
             "implicit_session": int(task.session_id is None),
             "service_name": task.service_name,
             "status": status.value,
-            "epoch": 0 if taken is None else 1,
+            "epoch": before if taken is None else before + 1,
             "max_attempts": task.max_attempts,
             "owner": None if taken is None else taken.instance_id,
             "nonce": None if taken is None else taken.nonce,
@@ -52,7 +54,7 @@ def accept(tx: Transaction, task: NewTask, claim: ClaimRequest | None) -> Accept
             "created_at": task.created_at,
             "started_at": None if taken is None else taken.now,
             "deadline": task.deadline,
-            "not_before": task.not_before,
+            "not_before": task.not_before if taken is None else None,  # as with a claim: it has had its effect
             "input": task.input,
             "retry": retry_text(task.retry),
             "retry_of": task.retry_of,
@@ -65,11 +67,11 @@ def accept(tx: Transaction, task: NewTask, claim: ClaimRequest | None) -> Accept
         session_id,
         status,
         created=True,
-        claim=None if taken is None else _first_claim(tx, task, session_id),
+        claim=None if taken is None else _first_claim(tx, task, session_id, before + 1),
     )
 
 
-def _first_claim(tx: Transaction, task: NewTask, session_id: str) -> Claim:
+def _first_claim(tx: Transaction, task: NewTask, session_id: str, epoch: int) -> Claim:
     explicit = task.session_id is not None
     context, state_error = stored_context(tx, session_id, task.service_name) if explicit else (None, None)
     return Claim(
@@ -77,7 +79,7 @@ def _first_claim(tx: Transaction, task: NewTask, session_id: str) -> Claim:
         service_name=task.service_name,
         session_id=session_id,
         implicit_session=not explicit,
-        epoch=1,
+        epoch=epoch,
         attempt=1,
         input=task.input,
         created_at=task.created_at,

@@ -13,6 +13,7 @@ CANCELLED_ERROR = ErrorRecord(type="cancelled", message="The task was cancelled 
 TIMED_OUT_ERROR = ErrorRecord(type="timed_out", message="The task's deadline passed while no worker held it.")
 
 GONE = "It may have been deleted."
+_USED_EPOCHS = "used_epochs"
 
 
 def no_such_task(task_id: str) -> NotFound:
@@ -54,3 +55,16 @@ def free_next(tx: Transaction, session_id: str, service_name: str) -> tuple[Tick
     """Queue the first held task of the line, if nothing stands before it."""
     row = tx.one(tx.sql.free_next, {"session_id": session_id, "service_name": service_name})
     return () if row is None else (Ticket(row[0], service_name),)
+
+
+def used_epochs(tx: Transaction) -> int:
+    """An epoch behind all those of deleted tasks whose ids clients chose. An id that is accepted again begins with it: who
+    still works on the deleted task is fenced from the new one, claimed or not."""
+    row = tx.one(tx.sql.get_meta, {"key": _USED_EPOCHS})
+    return 0 if row is None else int(row[0])
+
+
+def forget_epochs(tx: Transaction, highest: int) -> None:
+    """Tasks are deleted, with epochs up to this one."""
+    if highest and highest >= used_epochs(tx):
+        tx.run(tx.sql.put_meta, {"key": _USED_EPOCHS, "value": str(highest + 1)})

@@ -43,6 +43,10 @@ def list_instances(tx: Transaction) -> list[InstanceRecord]:
     ]
 
 
+def list_strangers(tx: Transaction) -> list[str]:
+    return [owner for (owner,) in tx.all(tx.sql.list_strangers, {})]
+
+
 def get_session(tx: Transaction, session_id: str) -> SessionRecord | None:
     row = tx.one(tx.sql.get_session, {"session_id": session_id})
     return None if row is None else session_record(tx, row)

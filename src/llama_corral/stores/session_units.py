@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from ..protocol.records import DeletedSession, InstanceRecord, ServiceRecord, SessionRecord
+from .endings import forget_epochs
 from .rows import session_record
 from .transaction import Transaction
 
@@ -72,6 +73,9 @@ def delete_session(tx: Transaction, session_id: str) -> DeletedSession | None:
     running = tx.all(tx.sql.session_owned, key)
     if not tx.run(tx.sql.delete_session, key):
         return None
+    highest = tx.one(tx.sql.session_epochs, key)
+    assert highest is not None
+    forget_epochs(tx, highest[0] or 0)
     for statement in tx.sql.delete_session_rows:
         tx.run(statement, key)
     return DeletedSession(session_id, tuple((task_id, owner) for task_id, owner in running))

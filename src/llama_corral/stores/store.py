@@ -185,6 +185,9 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
     async def list_instances(self) -> list[InstanceRecord]:
         return await self._read(queries.list_instances)
 
+    async def list_strangers(self) -> list[str]:
+        return await self._read(queries.list_strangers)
+
     async def heartbeat(self, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:
         return await self._write(recovery_units.heartbeat, instance_id, tuple(held))
 

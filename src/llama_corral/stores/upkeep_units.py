@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Final
 
 from ..protocol.records import DeadLetter
+from .endings import forget_epochs
 from .transaction import Transaction
 
 DEAD_LETTERS: Final = 10_000
@@ -26,6 +27,7 @@ def purge(tx: Transaction, before: float, limit: int) -> int:
             tx.run_many(statement, keys)
     if everything:
         tx.run_many(tx.sql.delete_task, everything)
+        forget_epochs(tx, max((epoch for *_, epoch, digest in ended if digest is not None), default=0))
     letters = tx.all(tx.sql.dead_letters_before, {"before": before, "limit": limit - len(ended)})
     if letters:
         tx.run_many(tx.sql.delete_dead_letter, [{"no": no} for (no,) in letters])

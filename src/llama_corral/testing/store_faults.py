@@ -89,6 +89,7 @@ class FaultyStore(CallFaults, Store):
     get_service = _passed_on("get_service")
     list_services = _passed_on("list_services")
     list_instances = _passed_on("list_instances")
+    list_strangers = _passed_on("list_strangers")
     heartbeat = _passed_on("heartbeat")
     create_session = _passed_on("create_session")
     get_session = _passed_on("get_session")

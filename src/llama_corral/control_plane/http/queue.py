@@ -6,6 +6,7 @@ The routes with a topic in their path are those of the original's simple queue; 
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
 
@@ -20,6 +21,8 @@ from ...web import Request, Routes, Wakeup, wait_changed
 from ..checks import check_id
 from ..plane import ControlPlane
 from .models import Strict
+
+logger = logging.getLogger(__name__)
 
 MAX_WAIT: Final = 60.0
 """Seconds that a long poll may last."""
@@ -44,7 +47,7 @@ class QueueRoutes:
 
     def __init__(self, plane: ControlPlane) -> None:
         self.queue = plane.queue
-        self.leased = LeasedQueue(plane.queue)
+        self.leased = LeasedQueue(plane.queue, lease=plane.config.lease)
         self._topics: set[str] = set()
 
     def routes(self) -> list[Routes]:
@@ -156,8 +159,9 @@ class QueueRoutes:
             if lease is not None:
                 try:
                     await lease.settle(each.ack, each.nack)
-                finally:
-                    await self.leased.close(lease)
+                except QueueUnavailable as error:
+                    logger.info("deliveries of %s come again: %s", lease.topic, error)
+                await self.leased.close(lease)
 
 
 def simple_queue_config(request: Request) -> dict[str, dict[str, Any]]:

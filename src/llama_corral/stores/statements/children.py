@@ -31,7 +31,7 @@ class Children(Base):
             self._insert(task_inbox)
             .from_select(
                 ["task_no", "seq", "payload", "sent_at"],
-                sa.select(_b("new_no", type_=sa.BigInteger), i.seq, i.payload, i.sent_at).where(
+                sa.select(sa.cast(_b("new_no"), sa.BigInteger), i.seq, i.payload, i.sent_at).where(
                     i.task_no == _b("task_no")
                 ),
             )

@@ -41,6 +41,8 @@ class Lives(Base):
                 owner=_b("instance_id"),
                 nonce=_b("new_nonce"),
                 report_seq=ZERO,
+                # It has had its effect. If the clock is set back, whoever is to claim the task next must not wait again.
+                not_before=sa.null(),
                 started_at=sa.func.coalesce(_t.started_at, _b("now")),
             )
             .returning(*CLAIM)

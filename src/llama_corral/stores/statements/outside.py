@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from ...protocol.lifecycle import ENDINGS, TaskStatus, Trigger, sources
-from ..tables import IS_OPEN, status_in, status_literal, tasks
+from ..tables import IS_OPEN, instances, status_in, status_literal, tasks
 from .base import ONE, OWNED, STATE, Base, target_of
 
 _t = tasks.c
@@ -75,6 +75,17 @@ class Outside(Base):
             .where(_t.owner == _b("instance_id"), _t.owner.is_not(None), IS_OPEN)
             .order_by(_t.no)
         )
+        strangers = self._sql(
+            sa.select(_t.owner)
+            .distinct()
+            .where(_t.owner > sa.literal_column("''", sa.Text), _t.owner.is_not(None), IS_OPEN)
+            .where(~sa.exists(sa.select(ONE).where(instances.c.instance_id == _t.owner)))
+            .order_by(_t.owner)
+        )
+        if self._dialect.name == "sqlite":
+            # It would rather look at every open task than at those that somebody owns.
+            strangers = strangers.replace("FROM corral_tasks", "FROM corral_tasks INDEXED BY corral_tasks_owner", 1)
+        self.list_strangers = strangers
         self.repeatable = self._sql(sa.select(*STATE, _t.input).where(_t.task_id == _b("task_id")).with_for_update())
         self.take_over = self._sql(
             sa.update(tasks)

@@ -73,6 +73,7 @@ class Registry(Base):
         self.session_owned = self._sql(
             sa.select(_t.task_id, _t.owner).where(of_session, status_in(OWNED), _t.owner.is_not(None)).order_by(_t.no)
         )
+        self.session_epochs = self._sql(sa.select(sa.func.max(_t.epoch)).where(of_session, _t.digest.is_not(None)))
         numbers = sa.select(_t.no).where(of_session).scalar_subquery()
         self.delete_session_rows = tuple(
             self._sql(statement)

@@ -14,7 +14,7 @@ _b = sa.bindparam
 class Upkeep(Base):
     def _define_retention(self) -> None:
         self.ended_before = self._sql(
-            sa.select(_t.no, _t.event_count, _t.inbox_head, _t.has_checkpoint)
+            sa.select(_t.no, _t.event_count, _t.inbox_head, _t.has_checkpoint, _t.epoch, _t.digest)
             .where(_t.finished_at.is_not(None), _t.finished_at < _b("before"))
             .order_by(_t.finished_at)
             .limit(_b("limit"))
