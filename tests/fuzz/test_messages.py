@@ -6,9 +6,7 @@ Whatever comes, the answer is a 2xx or a 4xx, it comes soon, the server works on
 from __future__ import annotations
 
 import json
-import logging
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -31,12 +29,6 @@ TERMINAL = ("completed", "failed", "cancelled", "timed_out")
 def server(request: pytest.FixtureRequest) -> Served:
     served: Served = request.getfixturevalue(request.param)
     return served
-
-
-@pytest.fixture(autouse=True)
-def _nothing_unexpected(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    yield
-    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR] == []
 
 
 def tell(client: httpx.Client, body: bytes | Any, **headers: str) -> int:
