@@ -323,7 +323,7 @@ class Backoff:
     """
 
     initial: float = 0.1
-    maximum: float = 30.0
+    maximum: float = 5.0
     healthy_after: float = 60.0
     jitter: Callable[[], float] = random.random
 
