@@ -24,6 +24,8 @@ from typing import Any, Final, Protocol
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
+from .aio import hosted_tasks
+
 logger = logging.getLogger(__name__)
 
 EXIT_OK: Final = 0
@@ -214,11 +216,12 @@ def _exit_blocked(exit_process: Callable[[int], object], code: int = EXIT_STUCK)
 
 
 def task_stacks() -> str:
-    """All tasks of this event loop with the line each one waits at, innermost last."""
+    """All tasks of this event loop, and of asyncio loops hosted in it, with the line each one waits at, innermost last."""
     parts = []
-    for task in anyio.get_running_tasks():
-        parts.append(f"task {task.name}:\n")
-        parts.extend(traceback.StackSummary.from_list(_frames(task.coro)).format())
+    tasks = [(task.name, task.coro) for task in anyio.get_running_tasks()]
+    for name, coroutine in (*tasks, *hosted_tasks()):
+        parts.append(f"task {name}:\n")
+        parts.extend(traceback.StackSummary.from_list(_frames(coroutine)).format())
     return "".join(parts)
 
 
@@ -334,7 +337,7 @@ class Backoff:
     """
 
     initial: float = 0.1
-    maximum: float = 30.0
+    maximum: float = 5.0
     healthy_after: float = 60.0
     jitter: Callable[[], float] = random.random
 
