@@ -48,6 +48,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 raise pytest.UsageError(f"{item.nodeid}: unknown promise {sorted(unknown)}")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--promises", action="store_true", help="list which of the chosen tests prove which promise")
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    if not config.getoption("--promises"):
+        return []
+    proofs: dict[str, dict[str, None]] = {promise: {} for promise in PROMISES}
+    for item in items:
+        for mark in item.iter_markers("promise"):
+            for promise in mark.args:
+                proofs[promise][item.nodeid.partition("[")[0]] = None
+    lines: list[str] = []
+    for promise, tests in proofs.items():
+        lines += [f"{promise} {PROMISES[promise]}: {len(tests)} tests", *(f"  {test}" for test in tests)]
+    return lines
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
