@@ -29,14 +29,14 @@ class Link:
         if name not in ("claim", "report", "release", "pull"):
             return method
 
-        async def call(*args: Any) -> Any:
+        async def call(*args: Any, **how: Any) -> Any:
             terminal = args[0].terminal if name == "report" else None
             kind = "ending" if terminal is not None else name
             await self._wait_here(kind, "before")
             if kind in self.lost:
                 self.lost.remove(kind)
                 raise StoreUnavailable("away")
-            answer = await method(*args)
+            answer = await method(*args, **how)
             if terminal is not None and answer.status == "ok":
                 self.endings.append(terminal.status.value)
             await self._wait_here(kind, "after")

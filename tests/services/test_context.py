@@ -19,7 +19,7 @@ async def stored(rig, session, service="svc"):
 def _read_context(tx, session, service):
     from llama_corral.stores.rows import stored_context
 
-    return stored_context(tx, session, service)
+    return stored_context(tx, session, service)[0]
 
 
 async def test_runs_of_a_session_share_a_context_and_others_do_not(rig):

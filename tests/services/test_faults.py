@@ -32,12 +32,12 @@ class Flaky:
         if name not in ("claim", "report", "release", "pull", "heartbeat"):
             return method
 
-        async def call(*args: Any) -> Any:
+        async def call(*args: Any, **how: Any) -> Any:
             self.calls[name] += 1
             fault = self.away.get(name, []).pop(0) if self.away.get(name) else None
             if fault == "before":
                 raise StoreUnavailable("away")
-            answer = await method(*args)
+            answer = await method(*args, **how)
             if fault == "after":
                 raise StoreUnavailable("the answer was lost")
             return answer

@@ -16,6 +16,7 @@ from .host import call_asyncio as call_asyncio
 from .host import call_native as call_native
 from .host import free_tasks_of as free_tasks_of
 from .host import has_asyncio_loop as has_asyncio_loop
+from .host import hosted_tasks as hosted_tasks
 from .host import kept_tasks as kept_tasks
 from .host import open_asyncio_loop as open_asyncio_loop
 from .lock import FlavourLock as FlavourLock

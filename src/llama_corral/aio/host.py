@@ -14,6 +14,7 @@ import contextlib
 import heapq
 import logging
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextvars import ContextVar
 from types import CodeType, ModuleType
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 _owned: ContextVar[set[asyncio.Task[Any]] | None] = ContextVar("llama_corral_owned_tasks", default=None)
 
 _free: set[CodeType] = set()
+
+_open_loops: dict[asyncio.AbstractEventLoop, int] = {}
+"""The hosted loops, each with the thread that runs it."""
 
 ORPHAN_GRACE = 5.0
 """Seconds that a task left behind by a call may take to unwind after its cancellation."""
@@ -47,6 +51,12 @@ def _hosted_loop() -> Any:
     """The loop that Trio hosts around the caller, or None."""
     trio_asyncio = sys.modules.get("trio_asyncio")
     return trio_asyncio.current_loop.get() if trio_asyncio is not None else None
+
+
+def hosted_tasks() -> list[tuple[str, Any]]:
+    """Name and coroutine of each unfinished asyncio task that Trio hosts in this thread: its own tasks do not show them."""
+    loops = [loop for loop, thread in _open_loops.items() if thread == threading.get_ident()]
+    return [(task.get_name(), task.get_coro()) for loop in loops for task in asyncio.all_tasks(loop)]
 
 
 _REPLACED = ("_get_running_loop", "get_running_loop", "get_event_loop", "current_task")
@@ -88,11 +98,13 @@ async def open_asyncio_loop() -> AsyncIterator[None]:
         # By default an error that asyncio only logs ends a hosted loop: one step's forgotten future would end them all.
         loop.set_exception_handler(_log_error)
         loop._timer_handle_cancelled = _TimerSweep(loop)
+        _open_loops[loop] = threading.get_ident()
         try:
             yield
         except (Exception, KeyboardInterrupt, SystemExit) as exc:
             error = exc  # the loop's task group would wrap the block's own error in a group
         finally:
+            del _open_loops[loop]
             # Tasks that belong to no call (`kept_tasks`) belong to the loop.
             left = {task for task in asyncio.all_tasks(loop) if not task.done()}
             if left:

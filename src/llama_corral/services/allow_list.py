@@ -10,10 +10,11 @@ From that code come their memory, messages and reasoning steps, and what a tool 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args, get_type_hints
 
 import pydantic
 from workflows import Workflow
@@ -25,6 +26,7 @@ from ..runtime import workflow_state_type, workflow_step_functions
 def collect_types(workflow: Workflow, more: Iterable[type[Any]] = ()) -> list[type[Any]]:
     """The allow-list of a workflow, in a stable order, nested pydantic types included."""
     found: dict[type[Any], None] = {}
+    seen: set[type[Any]] = set()
     pending: list[Any] = [HumanResponseEvent, *workflow.events, workflow_state_type(workflow), *more]
     workflows = list(_with_held(workflow))
     for function in _reached_functions(workflows):
@@ -33,19 +35,36 @@ def collect_types(workflow: Workflow, more: Iterable[type[Any]] = ()) -> list[ty
         pending.extend(_types_of_values(vars(each).get("initial_state")))
     while pending:
         cls = pending.pop(0)
-        if not _may_travel(cls) or cls in found:
+        if not isinstance(cls, type) or cls in seen:
             continue
-        found[cls] = None
-        for field in cls.model_fields.values():
-            pending.extend(_classes_in(field.annotation))
+        seen.add(cls)
+        if _may_travel(cls):
+            found[cls] = None
+            for field in cls.model_fields.values():
+                pending.extend(_classes_in(field.annotation))
+        elif _has_fields(cls):  # it is dumped as a part of a model, and what it holds may be kept on its own
+            pending.extend(member for hint in _hints(cls).values() for member in _classes_in(hint))
     return list(found)
 
 
-def _may_travel(cls: Any) -> bool:
+def _may_travel(cls: type[Any]) -> TypeGuard[type[pydantic.BaseModel]]:
     # Agents are pydantic models too, and their own code names them. They are what runs, not what is told.
-    if not isinstance(cls, type) or not issubclass(cls, pydantic.BaseModel):
+    if not issubclass(cls, pydantic.BaseModel):
         return False
     return cls is not pydantic.BaseModel and not issubclass(cls, Workflow)
+
+
+def _has_fields(cls: type[Any]) -> bool:
+    # Not typing.is_typeddict: until Python 3.12 pydantic wants those of typing_extensions, which it does not know.
+    is_typed_dict = issubclass(cls, dict) and hasattr(cls, "__required_keys__")
+    return dataclasses.is_dataclass(cls) or is_typed_dict or (issubclass(cls, tuple) and hasattr(cls, "_fields"))
+
+
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls)
+    except Exception:  # a name that is not there at run time; its owner may add the type
+        return {}
 
 
 def _with_held(workflow: Workflow) -> Iterator[Workflow]:
@@ -122,6 +141,18 @@ def _types_of_values(value: Any) -> list[type[Any]]:
 
 
 def _classes_in(annotation: Any) -> list[type[Any]]:
-    if isinstance(annotation, type):
-        return [annotation]
-    return [cls for argument in get_args(annotation) for cls in _classes_in(argument)]
+    """The classes of an annotation: of its arguments, and of what a named alias (which may name itself) stands for."""
+    found: list[type[Any]] = []
+    aliases: set[int] = set()
+    pending = [annotation]
+    while pending:
+        part = pending.pop(0)
+        arguments = get_args(part)
+        if isinstance(part, type) and not arguments:
+            found.append(part)
+            continue
+        pending.extend(arguments)
+        if hasattr(part, "__value__") and id(part) not in aliases:
+            aliases.add(id(part))
+            pending.append(part.__value__)
+    return found

@@ -37,7 +37,7 @@ class WorkflowCodec:
     def __init__(self, workflow: Workflow, types: Iterable[type[Any]] = ()) -> None:
         self._workflow = workflow
         self._types = collect_types(workflow, types)
-        self._serializer = ContextSerializer(allowed_types=_without_clashes(self._types))
+        self._serializer = _AllowedSerializer(allowed_types=_without_clashes(self._types))
         self._events: dict[str, type[Event]] = {}
         for cls in self._types:
             if _comes_from_outside(cls):
@@ -171,6 +171,19 @@ class WorkflowCodec:
     def context_of(self, data: dict[str, Any]) -> Context[Any]:
         """`decode_context` for what is decoded from JSON already."""
         return Context.from_dict(self._workflow, data, self._serializer)
+
+
+class _AllowedSerializer(ContextSerializer):
+    """Imports nothing, and says where a type is allowed."""
+
+    def resolve_class(self, qualified_name: str) -> type[Any]:
+        try:
+            return super().resolve_class(qualified_name)
+        except ValueError:
+            raise ValueError(
+                f"a value of the type {qualified_name} is refused: the workflow does not name it (WorkflowService takes "
+                "more types as types=[...])"
+            ) from None
 
 
 class _NotingSerializer(ContextSerializer):

@@ -298,12 +298,8 @@ class TaskExecution(RunHooks):
         if self._unwound.is_set() or self._run is None:
             return
         with log_task(self.claim.task_id):
-            steps = ", ".join(self._run.running_steps()) or "its steps"
             logger.warning(
-                "task %s goes its way without %s: cancelled %g s ago and still at work",
-                self.claim.task_id,
-                steps,
-                UNWINDING_TIME,
+                "task %s goes its way without its steps: they were cancelled and do not end", self.claim.task_id
             )
             await self._settle(None)
 
