@@ -12,6 +12,9 @@ from collections.abc import Generator
 import hypothesis
 import pytest
 
+# Before anything imports it: a contract suite's bare asserts are to say what they compared.
+pytest.register_assert_rewrite("llama_corral.testing.queues")
+
 # No test asserts a time: an example that is slow on a busy machine is no failure.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
@@ -43,6 +46,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             unknown = set(mark.args) - PROMISES.keys()
             if unknown or not mark.args:
                 raise pytest.UsageError(f"{item.nodeid}: unknown promise {sorted(unknown)}")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--promises", action="store_true", help="list which of the chosen tests prove which promise")
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    if not config.getoption("--promises"):
+        return []
+    proofs: dict[str, dict[str, None]] = {promise: {} for promise in PROMISES}
+    for item in items:
+        for mark in item.iter_markers("promise"):
+            for promise in mark.args:
+                proofs[promise][item.nodeid.partition("[")[0]] = None
+    lines: list[str] = []
+    for promise, tests in proofs.items():
+        lines += [f"{promise} {PROMISES[promise]}: {len(tests)} tests", *(f"  {test}" for test in tests)]
+    return lines
 
 
 @pytest.hookimpl(wrapper=True)

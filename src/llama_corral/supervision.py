@@ -9,13 +9,14 @@ import faulthandler
 import logging
 import math
 import os
+import queue
 import random
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Final, Protocol
@@ -42,6 +43,8 @@ EXIT_SIGNAL_BASE: Final = 128
 STUCK_MARGIN: Final = 5.0
 """Seconds between the end of the grace period, when everything is cancelled, and the hard exit."""
 _BLOCKED_MARGIN: Final = 2.0
+_LOOP_TURN: Final = 1.0
+"""Seconds that the loop gets to end the process at a second signal before a thread does."""
 
 
 class StopEvent(Protocol):
@@ -266,41 +269,62 @@ async def stop_on_signal(
                 stop.set()
 
 
+class _NobodyListens(Exception):
+    """The block was left."""
+
+
 @contextmanager
 def _hearing_for_a_blocked_loop(
     stop: StopEvent, blocked_after: float, exit_process: Callable[[int], object]
 ) -> Iterator[None]:
     """Handlers of the interpreter run in the middle of what blocks the loop, where that is Python; the loop's own reaction
-    to a signal is for its next turn, which may never come. They only start threads: they may have interrupted anything."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    of_the_loop = {number: signal.getsignal(number) for number in numbers}
-    timers: list[threading.Timer] = []
+    to a signal is for its next turn, which may never come. They may have interrupted anything, the start of a thread too:
+    so they do no more than put a number where a thread waits for it."""
+    of_the_loop = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
-    def end(code: int) -> None:
-        if not stop.is_set():
-            _exit_blocked(exit_process, code)
-
-    def heard(number: int, frame: FrameType | None) -> None:
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.put(number)
         theirs = of_the_loop[signal.Signals(number)]
         if callable(theirs):
             theirs(number, frame)
-        if stop.is_set():
-            return
-        delay, code = (0.0, EXIT_SIGNAL_BASE + number) if timers else (blocked_after, EXIT_STUCK)
-        timer = threading.Timer(min(delay, threading.TIMEOUT_MAX), end, (code,))
-        timer.daemon = True
-        timers.append(timer)
-        timer.start()
 
-    for number in numbers:
-        signal.signal(number, heard)
+    def wait_signal(seconds: float = math.inf) -> int:
+        """The number of the next signal, 0 if none comes in time."""
+        try:
+            number = heard.get(timeout=max(0.0, min(seconds, threading.TIMEOUT_MAX)))
+        except queue.Empty:
+            return 0
+        if number is None:
+            raise _NobodyListens
+        return number
+
+    def watch() -> None:
+        first = wait_signal()
+        again = wait_signal(_LOOP_TURN)
+        if not again and not stop.is_set():
+            logger.warning("%s: a step blocks the event loop; once more ends at once", signal.Signals(first).name)
+            again = wait_signal(blocked_after - _LOOP_TURN)
+            if not again and not stop.is_set():
+                _exit_blocked(exit_process, EXIT_STUCK)
+                return
+        again = again or wait_signal()
+        wait_signal(_LOOP_TURN)
+        _exit_blocked(exit_process, EXIT_SIGNAL_BASE + again)
+
+    def watch_until_nobody_listens() -> None:
+        with suppress(_NobodyListens):
+            watch()
+
+    threading.Thread(target=watch_until_nobody_listens, name="signals for a blocked loop", daemon=True).start()
+    for number in of_the_loop:
+        signal.signal(number, hear)
     try:
         yield
     finally:
         for number, handler in of_the_loop.items():
             signal.signal(number, handler)
-        for timer in timers:
-            timer.cancel()
+        heard.put(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +337,7 @@ class Backoff:
     """
 
     initial: float = 0.1
-    maximum: float = 30.0
+    maximum: float = 5.0
     healthy_after: float = 60.0
     jitter: Callable[[], float] = random.random
 

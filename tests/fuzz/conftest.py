@@ -6,6 +6,7 @@ hypothesis and schemathesis want it.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -34,12 +35,14 @@ BODY_LIMIT = 10_000_000
 
 
 def thorough(examples: int, **options: Any) -> Callable[[Any], Any]:
-    """hypothesis settings: the same examples each time, unless a deep run is asked for."""
+    """hypothesis settings: the same examples each time, unless a deep run is asked for. What fails is not made smaller:
+    here, failing often means waiting."""
     return hypothesis.settings(
         max_examples=examples * DEPTH,
         derandomize=DEPTH == 1,
         database=None,
         deadline=None,
+        phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
         **options,
     )
@@ -98,6 +101,14 @@ async def open_service() -> AsyncIterator[tuple[str, WorkflowService]]:
         yield url, service
         service.stop()
         nursery.cancel_scope.cancel()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_unexpected(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No error in the log, but those of workflows that were told to fail."""
+    yield
+    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert [record.getMessage() for record in errors if record.name != "llama_corral.services.outcome"] == []
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
@@ -23,12 +21,6 @@ EVENTS = 13
 """Twelve of the workflow and its StopEvent."""
 DOCUMENTED = {200, 201, 202, 400, 404, 405, 409, 413, 415, 422, 424}
 JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture(autouse=True)
-def _nothing_unexpected(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    yield
-    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR] == []
 
 
 @pytest.fixture(scope="module")

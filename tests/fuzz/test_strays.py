@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from llama_corral.exceptions import Conflict, CorralError
+from llama_corral.exceptions import BadInput, Conflict, CorralError
 from llama_corral.protocol.lifecycle import TaskStatus
-from llama_corral.protocol.messages import ActionTypes, QueueMessage
+from llama_corral.protocol.messages import ActionTypes, QueueMessage, ServiceDefinition
 
 from ..control_plane.corral import Corral, open_corral
 
@@ -38,6 +38,18 @@ async def test_a_message_takes_no_task_from_the_line_of_a_service_that_claims(co
     assert claim is not None
     await service.complete(claim)
     assert (await corral.plane.get_task(accepted.task_id)).status is TaskStatus.COMPLETED
+
+
+@pytest.mark.parametrize("index", [2**53 - 2, 2**53 - 1, 2**53, 2**63 - 1, 2**63, 10**30])
+async def test_an_index_beyond_all_bounds_does_not_keep_a_task_from_ending(corral: Corral, index: int):
+    await corral.plane.services.define(ServiceDefinition(service_name="far"))
+    await corral.plane.submit("far", {}, task_id="t")
+    try:
+        await corral.plane.process_message(message(ActionTypes.TASK_STREAM, task_id="t", index=index, data={}))
+    except BadInput:
+        assert index >= 2**53 - 1
+    await corral.plane.process_message(message(ActionTypes.COMPLETED_TASK, task_id="t", result="done"))
+    assert (await corral.plane.get_task("t")).status is TaskStatus.COMPLETED
 
 
 async def test_a_task_without_a_session_that_is_sent_twice_is_one_task(corral: Corral):

@@ -76,7 +76,7 @@ class Promised:
         self.policies: dict[str, str] = {}
         self.contexts: dict[Line, tuple[int, str]] = {}
         self.used_epochs = 0
-        """Of deleted tasks: an id that comes again begins behind them."""
+        """Of deleted tasks: an id that comes again begins with this one, which nobody had."""
         self._queued: set[str] = set()
 
     def line(self, line: Line | None) -> Iterator[Life]:
@@ -119,7 +119,7 @@ class Promised:
             return None
         if life.is_due(request.now):
             life.place, life.epoch, life.seq = "owned", life.epoch + 1, 0
-            life.waiting, life.wake_at = False, None
+            life.waiting, life.wake_at, life.not_before = False, None, None
             life.owner, life.nonce = request.instance_id, request.nonce
             return "new"
         is_same = life.place == "owned" and (life.owner, life.nonce) == (request.instance_id, request.nonce)
@@ -274,7 +274,8 @@ class Promised:
 
     def forget(self, life: Life) -> None:
         del self.lives[life.task.task_id]
-        self.used_epochs = max(self.used_epochs, life.epoch)
+        if life.epoch:
+            self.used_epochs = max(self.used_epochs, life.epoch + 1)
 
     def delete_session(self, session_id: str) -> set[tuple[str, str]] | None:
         if self.policies.pop(session_id, None) is None:

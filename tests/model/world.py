@@ -3,10 +3,8 @@ and reorders; a clock that is set. Every call to the store is told to `Promised`
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 from llama_corral.exceptions import Conflict, NotFound
 from llama_corral.protocol.lifecycle import TaskStatus
@@ -17,7 +15,6 @@ from llama_corral.protocol.records import (
     Claim,
     ClaimRequest,
     ContextUpdate,
-    EventRecord,
     HeldTask,
     InstanceRecord,
     NewTask,
@@ -25,21 +22,16 @@ from llama_corral.protocol.records import (
     ReportAnswer,
     RetryPolicy,
     ServiceRecord,
-    SessionRecord,
-    TaskFilter,
     Terminal,
     Ticket,
 )
 from llama_corral.stores import SqlStore
-from llama_corral.stores.recovery_units import RETRIED
 
-from .promised import Life, Promised
-
-T = TypeVar("T")
+from .ground import Ground
+from .promised import Life
 
 Fate = Literal["heard", "lost call", "lost answer", "twice"]
 FATES: Final[tuple[Fate, ...]] = ("heard", "heard", "heard", "lost call", "lost answer", "twice")
-SESSIONS: Final = {"e": "enqueue", "r": "reject", "c": "concurrent"}
 RETRY: Final = RetryPolicy(backoff=2.0)
 
 
@@ -70,7 +62,6 @@ class Run:
     """Which life of the task's id: it may be deleted and accepted again."""
     seq: int = 0
     inbox_read: int = 0
-    waiting: bool = False
     pending: Report | Release | None = None
     """The call whose answer has not come. It is repeated unchanged before anything else is said."""
     is_over: bool = False
@@ -80,37 +71,18 @@ class Run:
         return self.claim.task_id
 
 
-def pick_from(items: Iterable[T], pick: int) -> T | None:
-    found = list(items)
-    return found[pick % len(found)] if found else None
-
-
-class World:
-    """`act` methods do one thing each; `settle` lets everything come to its end."""
+class World(Ground):
+    """Each method is one call of somebody, or of several at once; `settling.settle` lets everything come to its end."""
 
     def __init__(self, store: SqlStore) -> None:
-        self.store = store
-        self.promised = Promised()
-        self.now = 1_000.0
+        super().__init__(store)
         self.instances: list[Instance] = []
         self.registered: set[str] = set()
         self.runs: list[Run] = []
-        self.tickets: list[Ticket] = []
         self.said: list[tuple[Report | Release | ClaimRequest, Life | None]] = []
         """Everything that was ever said: any of it may arrive once more."""
         self.unheard_claims: list[tuple[ClaimRequest, Instance]] = []
         self.unheard_accepts: list[tuple[NewTask, ClaimRequest | None, Instance | None]] = []
-        self.gone: list[NewTask] = []
-        """Accepted once, and deleted with their session."""
-        self.cursors: dict[tuple[str, int], tuple[Life | None, list[str]]] = {}
-        self._numbers = 0
-
-    def number(self) -> int:
-        self._numbers += 1
-        return self._numbers
-
-    def payloads(self, count: int) -> tuple[EventRecord, ...]:
-        return tuple(EventRecord("E", f'{{"n":{self.number()}}}') for _ in range(count))
 
     # Instances
 
@@ -179,22 +151,7 @@ class World:
         owner = run.instance.instance_id
         return is_there and (life.place, life.epoch, life.owner) == ("owned", run.claim.epoch, owner)
 
-    # The queue
-
-    def publish(self, tickets: Iterable[Ticket], *, lost: bool = False) -> None:
-        tickets = list(tickets)
-        assert {ticket.task_id for ticket in tickets} <= self.promised.lives.keys()
-        assert self.promised.newly_queued() <= {ticket.task_id for ticket in tickets}, "P5: the answer says what is due"
-        if not lost:
-            self.tickets += tickets
-
     # Accept and claim
-
-    async def create_session(self, session_id: str) -> None:
-        policy: Any = SESSIONS[session_id]
-        created = await self.store.create_session(SessionRecord(session_id, policy=policy, created_at=self.now))
-        assert created == (session_id not in self.promised.policies)
-        self.promised.policies[session_id] = policy
 
     async def accept(self, task: NewTask, by: Instance | None, fate: Fate = "heard") -> None:
         request = None if by is None else ClaimRequest(task.task_id, by.instance_id, f"n{self.number()}", self.now)
@@ -369,101 +326,3 @@ class World:
         assert [(event.seq, event.payload) for event in page.events] == unread
         if heard:
             run.inbox_read = page.head
-
-    # From outside
-
-    async def cancel(self, task_id: str) -> None:
-        expected = self.promised.cancel(task_id)
-        answer = await self._ask(lambda: self.store.request_cancel(task_id, self.now), expected)
-        if answer is not None:
-            assert answer.ended == (expected == "ended")
-            self.publish(answer.tickets)
-
-    async def send(self, task_id: str) -> None:
-        payload = f'{{"n":{self.number()}}}'
-        expected = self.promised.send(task_id, payload)
-        answer = await self._ask(lambda: self.store.send(task_id, payload, self.now), expected)
-        if answer is not None:
-            life = self.promised.lives[task_id]
-            assert answer.seq == len(life.inbox)
-            assert answer.owner == life.owner
-            self.publish(answer.tickets)
-
-    @staticmethod
-    async def _ask(call: Callable[[], Any], expected: str) -> Any:
-        try:
-            answer = await call()
-        except NotFound:
-            assert expected == "unknown"
-            return None
-        except Conflict:
-            assert expected == "too late"
-            return None
-        assert expected not in ("unknown", "too late")
-        return answer
-
-    async def expire(self) -> None:
-        expected = self.promised.expire(self.now)
-        answers = await self.store.expire(self.now)
-        assert {answer.task_id for answer in answers} == expected
-        self.publish(ticket for answer in answers for ticket in answer.tickets)
-
-    async def wake(self) -> None:
-        expected = self.promised.wake(self.now)
-        tickets = await self.store.wake(self.now)
-        assert {ticket.task_id for ticket in tickets} == expected
-        self.publish(tickets)
-
-    async def delete_session(self, session_id: str) -> None:
-        lives = tuple(self.promised.lives.values())
-        expected = self.promised.delete_session(session_id)
-        self.gone += [life.task for life in lives if life.task.task_id not in self.promised.lives]
-        deleted = await self.store.delete_session(session_id)
-        assert (None if deleted is None else set(deleted.running)) == expected
-        self.tickets = [ticket for ticket in self.tickets if ticket.task_id in self.promised.lives]
-
-    async def retry(self, task_id: str, *, fresh: bool) -> None:
-        new_id = str(uuid.uuid5(RETRIED, task_id))
-        expected = self.promised.retry(task_id, new_id, self.now, fresh)
-        try:
-            accepted = await self.store.retry(task_id, self.now, fresh=fresh)
-        except NotFound:
-            assert expected == "unknown"
-        except Conflict:
-            assert expected == "refused"
-        else:
-            assert (accepted.task_id, accepted.created, expected) in (
-                (new_id, True, "created"),
-                (new_id, False, "known"),
-            )
-            assert accepted.status == self.promised.lives[new_id].stored_status
-
-    async def purge(self, age: float, limit: int) -> None:
-        before = self.now - age
-        removable = self.promised.ended_before(before)
-        assert await self.store.purge(before, limit=limit) == min(limit, len(removable))
-        left = {record.task_id for record in await self.store.list_tasks(TaskFilter(limit=100_000))}
-        removed = [life for life in removable if life.task.task_id not in left]
-        assert [life.finished_at for life in removed] == [life.finished_at for life in removable[:limit]]
-        for life in removed:
-            self.promised.forget(life)
-            self.gone.append(life.task)
-
-    async def read(self, task_id: str, reader: int, limit: int) -> None:
-        """A reader goes on from its cursor."""
-        life = self.promised.lives.get(task_id)
-        of, seen = self.cursors.get((task_id, reader), (life, []))
-        if of is not life:  # the id was deleted and accepted again
-            seen = []
-        self.cursors[task_id, reader] = (life, seen)
-        page = await self.store.read_events(task_id, len(seen), limit)
-        assert (page is None) == (life is None)
-        if page is not None and life is not None:
-            seen += [event.payload for event in page.events]
-            assert seen == [payload for _, payload in life.log][: len(seen)]
-            assert page.record.event_count == len(life.log)
-
-    def life_of(self, pick: int) -> Life | None:
-        """The newest open tasks first: most of what happens, happens to them."""
-        newest = list(self.promised.lives.values())[::-1]
-        return pick_from(sorted(newest, key=lambda life: not life.is_open), pick)

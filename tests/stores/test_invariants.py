@@ -13,7 +13,8 @@ import trio.testing
 
 from llama_corral.exceptions import UsageError
 from llama_corral.protocol.lifecycle import ENDINGS, TaskStatus
-from llama_corral.protocol.records import Checkpoint, HeldTask, TaskFilter, TaskRecord
+from llama_corral.protocol.messages import ErrorRecord
+from llama_corral.protocol.records import Checkpoint, HeldTask, RetryPolicy, TaskFilter, TaskRecord, Terminal
 from llama_corral.stores import SqlStore
 
 S = TaskStatus
@@ -32,21 +33,25 @@ class Life:
         self.endings: dict[str, TaskRecord] = {}
         self.epochs: dict[str, int] = {}
         self.number = 0
+        self.ids: list[str] = []  # in the order of acceptance
 
     async def step(self) -> None:
         name = self.random.choice(
             ["accept"] * 3 + ["claim"] * 3 + ["report"] * 4 + ["end"] * 3
-            + ["release", "cancel", "send", "reap", "expire", "heartbeat"]
+            + ["release", "cancel", "send", "reap", "expire", "heartbeat", "fail", "retry", "wake", "reclaim"]
         )  # fmt: skip
         with suppress(UsageError):  # an ended task, an unknown one: a refusal is an answer
-            await getattr(self, name)(f"t{self.random.randint(0, self.number)}")
+            await getattr(self, name)(self.random.choice(["unknown", *self.ids]))
 
     async def accept(self, _: str) -> None:
         self.number += 1
         by = self.random.choice([None, *INSTANCES])
         deadline = self.random.choice([None, None, 10.0])
         task_id = f"t{self.number}"
-        accepted = await self.driver.accept(task_id, self.random.choice(SESSIONS), by=by, deadline=deadline)
+        retry = self.random.choice([None, RetryPolicy(backoff=0.0)])
+        session = self.random.choice(SESSIONS)
+        accepted = await self.driver.accept(task_id, session, by=by, deadline=deadline, retry=retry)
+        self.ids.append(task_id)
         if accepted.claim is not None:
             self.claims[task_id] = (accepted.claim.epoch, 0)
 
@@ -74,7 +79,27 @@ class Life:
 
     async def release(self, task_id: str) -> None:
         epoch, _ = self.claims.get(task_id, (1, 0))
-        await self.store.release(task_id, epoch, Checkpoint("{}", 0), 4.0, idle=self.random.random() < 0.5)
+        idle, wake_at = self.random.choice([(False, None), (True, None), (True, 3.0), (True, 6.0)])
+        await self.store.release(task_id, epoch, Checkpoint("{}", 0), 4.0, idle=idle, wake_at=wake_at)
+
+    async def fail(self, task_id: str) -> None:
+        epoch, seq = self.claims.get(task_id, (1, 0))
+        error = ErrorRecord(type="ValueError", message="no", retryable=True)
+        answer = await self.driver.report(task_id, seq + 1, epoch, terminal=Terminal(S.FAILED, error=error), now=2.0)
+        assert answer.retry_at is None or await self.driver.status(task_id) is S.QUEUED
+
+    async def retry(self, task_id: str) -> None:
+        accepted = await self.store.retry(task_id, 5.0, fresh=self.random.random() < 0.5)
+        assert accepted.created == (accepted.task_id not in self.ids)
+        if accepted.created:
+            self.ids.append(accepted.task_id)
+
+    async def wake(self, _: str) -> None:
+        await self.store.wake(self.random.choice([5.0, 6.0]))
+
+    async def reclaim(self, task_id: str) -> None:
+        epoch, _ = self.claims.get(task_id, (1, 0))
+        await self.store.reclaim(self.random.choice(INSTANCES), [HeldTask(task_id, epoch)], 5.0)
 
     async def cancel(self, task_id: str) -> None:
         await self.store.request_cancel(task_id, 4.0)
@@ -92,9 +117,25 @@ class Life:
         epoch, _ = self.claims.get(task_id, (1, 0))
         await self.store.heartbeat(self.random.choice(INSTANCES), [HeldTask(task_id, epoch)])
 
+    async def forget(self) -> None:
+        """Retention takes every ending with all that belongs to it, and nothing else."""
+        taken = 0
+        while (some := await self.store.purge(100.0, limit=7)) > 0:
+            taken += some
+        assert taken == len(self.endings)
+        left = [task_id for task_id in self.ids if task_id not in self.endings]
+        assert [record.task_id for record in await self.store.list_tasks(TaskFilter(limit=10_000))] == left[::-1]
+
+        def orphans(tx: Any) -> list[int]:
+            tables = ("task_events", "task_inbox", "checkpoints")
+            condition = "task_no NOT IN (SELECT no FROM corral_tasks)"
+            return [tx.one(f"SELECT count(*) FROM corral_{table} WHERE {condition}", {})[0] for table in tables]
+
+        assert await self.store._read(orphans) == [0, 0, 0]
+
     async def check(self) -> None:
         records = await self.store.list_tasks(TaskFilter(limit=10_000))
-        assert [record.task_id for record in records] == [f"t{number}" for number in range(self.number, 0, -1)]
+        assert [record.task_id for record in records] == self.ids[::-1]
         lines: dict[tuple[str, str], list[TaskRecord]] = defaultdict(list)
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for record in records:
@@ -115,6 +156,8 @@ class Life:
                 if not record.implicit_session:
                     lines[record.session_id, record.service_name].append(record)
         assert await self.store.count_tasks() == counts
+        for name, count in counts.items():
+            assert await self.store.count_queued(name) == count[S.QUEUED] + count[S.HELD]
         for line in lines.values():
             assert [record.status is S.HELD for record in reversed(line)] == [False] + [True] * (len(line) - 1)
 
@@ -132,6 +175,7 @@ def test_the_invariants_hold_whatever_happens(seed: int, driver_of) -> None:
                 await life.step()
                 await life.check()
             assert life.endings
+            await life.forget()
 
     trio.run(main)
 

@@ -88,3 +88,6 @@ async def test_a_start_time_counts_once(driver) -> None:
     await driver.store.reap(["i"], 1.0)
     assert await driver.store.due_tickets(now=1.0) == [Ticket("t", "svc")]
     assert (await driver.claim("t", by="j", now=1.0)).epoch == 2
+    assert (await driver.accept("u", by="i", not_before=2.0)).claim is not None
+    await driver.store.reap(["i"], 1.0)
+    assert await driver.store.due_tickets(now=1.0) == [Ticket("u", "svc")]

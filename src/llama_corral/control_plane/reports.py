@@ -17,7 +17,7 @@ from typing import Final
 import anyio
 
 from ..abc import Store
-from ..exceptions import Conflict, NotFound
+from ..exceptions import BadInput, Conflict, NotFound
 from ..protocol.lifecycle import TaskStatus
 from ..protocol.messages import ErrorRecord, TaskResult, TaskStream
 from ..protocol.records import EventRecord, Report, TaskRecord, Terminal
@@ -54,9 +54,12 @@ class MessageReports:
         """Append an event, or keep it until those before it have come.
 
         Raises:
+            BadInput: no index can be that large; behind it the ending would come too late.
             NotFound: no such task.
             Conflict: an instance holds the task, or will claim it; only that one may report.
         """
+        if event.index >= LAST_SEQ - 1:
+            raise BadInput(f"An index must be less than {LAST_SEQ - 1}.", hint="Indices count from 0.", name="index")
         progress = await self._find(event.task_id)
         if progress is None:
             return

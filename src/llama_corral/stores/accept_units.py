@@ -54,7 +54,7 @@ def accept(tx: Transaction, task: NewTask, claim: ClaimRequest | None) -> Accept
             "created_at": task.created_at,
             "started_at": None if taken is None else taken.now,
             "deadline": task.deadline,
-            "not_before": task.not_before,
+            "not_before": task.not_before if taken is None else None,  # as with a claim: it has had its effect
             "input": task.input,
             "retry": retry_text(task.retry),
             "retry_of": task.retry_of,

@@ -58,13 +58,13 @@ def free_next(tx: Transaction, session_id: str, service_name: str) -> tuple[Tick
 
 
 def used_epochs(tx: Transaction) -> int:
-    """The highest epoch of deleted tasks whose ids clients chose. An id that is accepted again begins behind it: whoever
-    still works on the deleted task is fenced from the new one."""
+    """An epoch behind all those of deleted tasks whose ids clients chose. An id that is accepted again begins with it: who
+    still works on the deleted task is fenced from the new one, claimed or not."""
     row = tx.one(tx.sql.get_meta, {"key": _USED_EPOCHS})
     return 0 if row is None else int(row[0])
 
 
 def forget_epochs(tx: Transaction, highest: int) -> None:
     """Tasks are deleted, with epochs up to this one."""
-    if highest > used_epochs(tx):
-        tx.run(tx.sql.put_meta, {"key": _USED_EPOCHS, "value": str(highest)})
+    if highest and highest >= used_epochs(tx):
+        tx.run(tx.sql.put_meta, {"key": _USED_EPOCHS, "value": str(highest + 1)})

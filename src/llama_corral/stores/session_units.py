@@ -74,8 +74,8 @@ def delete_session(tx: Transaction, session_id: str) -> DeletedSession | None:
     if not tx.run(tx.sql.delete_session, key):
         return None
     highest = tx.one(tx.sql.session_epochs, key)
-    if highest is not None and highest[0]:
-        forget_epochs(tx, highest[0])
+    assert highest is not None
+    forget_epochs(tx, highest[0] or 0)
     for statement in tx.sql.delete_session_rows:
         tx.run(statement, key)
     return DeletedSession(session_id, tuple((task_id, owner) for task_id, owner in running))

@@ -155,7 +155,7 @@ def _error_statuses(route: Route, *, secured: bool) -> set[int]:
     if not secured and route.method not in SAFE_METHODS:
         found.add(403)
     if "{" in route.path:
-        found.add(404)
+        found |= {404, 422}
     if route.body is not None:
         found |= {408, 413, 415, 422}
     if route.query is not None or route.options.takes_headers:
