@@ -21,7 +21,7 @@ from llama_corral.services.reporter import Reporter
 from llama_corral.services.sizes import shortened, size_of
 
 from .flows import Asks, Chain, Counter
-from .rig import Probe, Recorder
+from .rig import Probe, Recorder, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.promise("P1", "P12")]
 
@@ -226,9 +226,7 @@ async def test_a_coordinator_that_refuses_everything_does_not_end_the_service(ri
     elif call == "release":
         await rig.wait_status(task_id, "waiting")
         service.executions[task_id].release()
-    with anyio.fail_after(5):
-        while not refuses.refused:
-            await anyio.lowlevel.checkpoint()
+    await until(lambda: refuses.refused)
     await anyio.wait_all_tasks_blocked()
     refuses.on = False
     assert service.statistics().running
