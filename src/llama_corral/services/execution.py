@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Literal, Protocol, TypeGuard
 
@@ -211,6 +212,9 @@ class TaskExecution(RunHooks):
             return False
         if not run.is_at_rest or self._pulling or self._mailbox_full:
             return False
+        # Where the coordinator does not take its checkpoint, it would do again what it did, and ask again what it asked.
+        if self.reporter.has_checkpoint or self.reporter.refused_checkpoint:
+            return False
         timer = run.next_timer
         if timer is not None and timer - self._host.now() <= sweeper.timeout:  # it would be back at once
             return False
@@ -283,19 +287,21 @@ class TaskExecution(RunHooks):
         arguments = json.loads(claim.input)
         if not isinstance(arguments, dict):
             raise BadInput("the start arguments are not a JSON object")
-        make = partial(self._make_run, codec.start_event(arguments))
-        beginning = Beginner(codec, host.fingerprint, host.on_change, make, host.now()).begin(claim)
+        start = partial(codec.start_event, arguments)
+        beginning = Beginner(codec, host.fingerprint, host.on_change, start, self._make_run, host.now()).begin(claim)
         marker = marker_of(claim, beginning)
         if marker is not None:
             self.reporter.begin(marker)
         self._run = beginning.run
+        self._checkpointer.based_on = beginning.based_on
+        self._judge = replace(self._judge, based_on=beginning.based_on)
         self.inbox_read = beginning.inbox_read
         if beginning.from_start:  # the claim has only what came after its checkpoint
             self._pull_again = True
             return beginning.run, ()
         return beginning.run, claim.inbox
 
-    def _make_run(self, start_event: StartEvent, context: Context[Any] | None) -> Run:
+    def _make_run(self, start_event: StartEvent | None, context: Context[Any] | None) -> Run:
         return make_run(
             self._host.workflow,
             start_event=start_event,
