@@ -186,6 +186,25 @@ async def test_a_checkpoint_that_it_does_not_take(rig, caplog):
     assert any("a checkpoint of task" in message for message in caplog.messages)
 
 
+@pytest.mark.promise("P2")
+async def test_a_waiting_run_whose_checkpoint_it_does_not_take_stays_in_memory(rig):
+    probe, leaves = Probe(), []
+    coordinator = Narrow(rig.plane, 10, counts=["checkpoint"])
+    service = await rig.serve(Asks(probe), coordinator=coordinator, idle_timeout=0.01)
+    service.reserve = lambda: None
+    task_id = await rig.submit(name="x")
+    await rig.wait_status(task_id, "waiting")
+    waiting = service.executions[task_id]
+    leave = waiting.leave
+    waiting.leave = lambda: leaves.append(leave()) or leaves[-1]
+    await until(lambda: len(leaves) > 2)
+    assert not any(leaves)
+    await rig.answer(task_id)
+    record = await rig.result(task_id)
+    assert (record.result, record.epoch) == ('["x","yes",1]', 1)
+    assert probe.entered == ["ask", "answered"]  # a person is not asked twice
+
+
 @pytest.mark.promise("P7")
 async def test_a_hand_back_without_the_checkpoint_that_it_does_not_take(rig):
     coordinator = Narrow(rig.plane, 10, counts=["checkpoint"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Literal, Protocol, TypeGuard
 
@@ -36,8 +37,10 @@ logger = logging.getLogger(__name__)
 
 Ending = Literal["cancel", "release", "leave", "lost"]
 
-UNWINDING_TIME: Final = 2.0
-"""Seconds that steps get to end once they are cancelled, before their task ends or is handed back without them."""
+UNWINDING_TIME: Final = 10.0
+"""Seconds that steps get to end once they are cancelled, before their task ends without them."""
+HAND_BACK_TIME: Final = 2.0
+"""The same where the task is handed back or the service is over: what waits then is a stop."""
 
 
 class ExecutionHost(ReporterHost, Protocol):
@@ -90,7 +93,10 @@ class TaskExecution(RunHooks):
         self._wake_at: float | None = None
         self._release_when_idle = False
         self._failed_step: str | None = None
+        self._raised_late = False
         self._unwound = anyio.Event()
+        self._patience: anyio.CancelScope | None = None
+        self._is_hurried = False
         self._settled: anyio.Event | None = None
 
     @property
@@ -119,7 +125,10 @@ class TaskExecution(RunHooks):
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, WorkflowFailedEvent):
-            self._failed_step = event.step_name
+            if self._scope.cancel_called:  # its own clean-up failed, and it is being done with
+                self._raised_late = True
+            else:
+                self._failed_step = event.step_name
         self.reporter.add(event)
 
     def on_step_done(self) -> None:
@@ -168,7 +177,8 @@ class TaskExecution(RunHooks):
                 self._scope.cancel()
 
     def release(self) -> None:
-        """Hand the task back with what it has reached."""
+        """Hand the task back with what it has reached. One that is ending gets little time for it from now on."""
+        self._hurry()
         if self._ending is None:
             self._ending = "release"
             # Now, and not when the run has unwound: what its steps do about their cancellation is no part of it.
@@ -196,6 +206,9 @@ class TaskExecution(RunHooks):
             return False
         if not run.is_at_rest or self._inbox.is_busy:
             return False
+        # Where the coordinator does not take its checkpoint, it would do again what it did, and ask again what it asked.
+        if self.reporter.has_checkpoint or self.reporter.refused_checkpoint:
+            return False
         timer = run.next_timer
         if timer is not None and timer - self._host.now() <= sweeper.timeout:  # it would be back at once
             return False
@@ -206,12 +219,19 @@ class TaskExecution(RunHooks):
         self._close_up()
         return True
 
+    def _hurry(self) -> None:
+        if not self._is_hurried:
+            self._is_hurried = True
+            if self._patience is not None:
+                self._patience.deadline = min(self._patience.deadline, anyio.current_time() + HAND_BACK_TIME)
+
     def _is_driven(self, run: Run | None) -> TypeGuard[Run]:
         return run is not None and not run.is_done and self._tasks is not None
 
     def lose(self) -> None:
         """Another owner has the task, or it is gone: stop, report nothing."""
         self._ending = "lost"
+        self._hurry()
         self.reporter.settled = True
         self._scope.cancel()
 
@@ -260,17 +280,19 @@ class TaskExecution(RunHooks):
         arguments = json.loads(claim.input)
         if not isinstance(arguments, dict):
             raise BadInput("the start arguments are not a JSON object")
-        make = partial(self._make_run, codec.start_event(arguments))
-        beginning = Beginner(codec, host.fingerprint, host.on_change, make, host.now()).begin(claim)
+        start = partial(codec.start_event, arguments)
+        beginning = Beginner(codec, host.fingerprint, host.on_change, start, self._make_run, host.now()).begin(claim)
         marker = marker_of(claim, beginning)
         if marker is not None:
             self.reporter.begin(marker)
         self._run = beginning.run
+        self._checkpointer.based_on = beginning.based_on
+        self._judge = replace(self._judge, based_on=beginning.based_on)
         self._inbox.read = beginning.inbox_read
         # Where its checkpoint is not used, the claim lacks what came before it.
         return beginning.run, None if beginning.from_start else claim.inbox
 
-    def _make_run(self, start_event: StartEvent, context: Context[Any] | None) -> Run:
+    def _make_run(self, start_event: StartEvent | None, context: Context[Any] | None) -> Run:
         return make_run(
             self._host.workflow,
             start_event=start_event,
@@ -284,7 +306,7 @@ class TaskExecution(RunHooks):
 
     async def _settle_without_steps(self) -> None:
         """End the task, or hand it back, where its steps do not end in time. They go on, and nobody hears of it."""
-        with anyio.move_on_after(UNWINDING_TIME):
+        with anyio.move_on_after(HAND_BACK_TIME if self._is_hurried else UNWINDING_TIME) as self._patience:
             await self._unwound.wait()
         if self._unwound.is_set() or self._run is None:
             return
@@ -321,9 +343,12 @@ class TaskExecution(RunHooks):
         """The outcome of the run; None where the task is to be handed back."""
         run = self._run
         assert run is not None
-        if self._ending in ("release", "leave") and self._failed_step is None and _was_closed(run):
+        handed_back = self._ending in ("release", "leave") and self._failed_step is None
+        if handed_back and (self._raised_late or _was_closed(run)):
             return None
         overdue = self._scope.cancel_called and self._ending is None
+        if self._raised_late:
+            return self._judge.timed_out() if overdue else self._judge.cancelled()
         return self._judge.ended_run(run, failed_step=self._failed_step, timed_out=overdue)
 
     def _let_go(self) -> None:

@@ -110,9 +110,11 @@ class Inbox:
                     return
                 if page.cancel_requested:
                     self._owner.cancel()
+                before = self.read
                 self._feed(page.events)
-                # What came after the page was read, or did not fit into it. A full mailbox waits for a step.
-                if page.events and self.read < page.head and not self._mailbox_full and self._run is not None:
+                # What came after the page was read, or did not fit into it. A full mailbox waits for a step, and a run
+                # that is over takes nothing.
+                if before < self.read < page.head and not self._mailbox_full and self._run is not None:
                     self._pull_again = True
         finally:
             self._pulling = False
