@@ -245,9 +245,7 @@ async def test_a_coordinator_that_refuses_everything_does_not_end_the_service(ri
     elif call == "release":
         await rig.wait_status(task_id, "waiting")
         service.executions[task_id].release()
-    with anyio.fail_after(5):
-        while not refuses.refused:
-            await anyio.lowlevel.checkpoint()
+    await until(lambda: refuses.refused)
     await anyio.wait_all_tasks_blocked()
     refuses.on = False
     assert service.statistics().running
