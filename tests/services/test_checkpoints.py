@@ -8,11 +8,11 @@ import logging
 import anyio
 import pytest
 from workflows import Context, Workflow, step
-from workflows.events import Event, StartEvent, StopEvent
+from workflows.events import Event, HumanResponseEvent, InputRequiredEvent, StartEvent, StopEvent
 
 from llama_corral.services import checkpoints
 
-from .flows import Asks, Chain, Progress, WaitsFor
+from .flows import Asks, Chain, First, Progress, Second, WaitsFor
 from .link import Link
 from .rig import PATIENCE, Probe, Recorder, take_away, until
 
@@ -243,6 +243,87 @@ async def test_what_a_step_publishes_while_it_is_cancelled_is_not_part_of_what_i
     assert told == expected
 
 
+def built(events):
+    """What a reader has in the end that does as the markers say."""
+    kept: list[tuple[int, int]] = []
+    for event in events:
+        fields = json.loads(event.payload)
+        if event.type == "RunResumed":
+            kept = [(index, n) for index, n in kept if index < fields["from_index"]]
+        elif event.type == "Progress":
+            kept.append((event.index, fields["n"]))
+    return [n for _, n in kept]
+
+
+@pytest.mark.promise("P3")
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_reader_is_told_of_what_a_step_had_published_when_it_was_handed_back(rig, times):
+    class Talks(Workflow):
+        @step
+        async def begin(self, ev: StartEvent, ctx: Context) -> First:
+            ctx.write_event_to_stream(Progress(n=0))
+            return First()
+
+        @step
+        async def work(self, ev: First, ctx: Context) -> StopEvent:
+            ctx.write_event_to_stream(Progress(n=1))
+            with probe.inside("work"):
+                await probe.wait_open("work")
+            ctx.write_event_to_stream(Progress(n=2))
+            return StopEvent()
+
+    probe = Probe()
+    task_id = None
+    for n in range(times):
+        service = await rig.serve(Talks(), drain_timeout=0)
+        task_id = task_id or await rig.submit()
+        await probe.wait_entered(n + 1)
+        await rig.stop(service)
+    probe.open("work")
+    await rig.serve(Talks())
+    await rig.result(task_id)
+    events = await rig.events(task_id)
+    assert built(events) == [0, 1, 2]
+    told = [json.loads(event.payload)["from_index"] for event in events if event.type == "RunResumed"]
+    assert told == [1, 3][:times]
+
+
+@pytest.mark.promise("P3")
+async def test_a_question_that_was_asked_beside_a_step_at_work_is_not_taken_back(rig):
+    class AsksBeside(Workflow):
+        @step
+        async def begin(self, ev: StartEvent) -> list[First | Second]:
+            return [First(), Second()]
+
+        @step
+        async def work(self, ev: First, ctx: Context) -> StopEvent | None:
+            with probe.inside("work"):
+                await probe.wait_open("work")
+            return None
+
+        @step
+        async def ask(self, ev: Second, ctx: Context) -> StopEvent:
+            await probe.wait_entered(1)
+            got = await ctx.wait_for_event(HumanResponseEvent, waiter_event=InputRequiredEvent())
+            return StopEvent(result=got.response)
+
+    probe = Probe()
+    service = await rig.serve(AsksBeside(), drain_timeout=0)
+    task_id = await rig.submit()
+
+    async def was_asked():
+        return (await rig.plane.get_task(task_id)).event_count == 1
+
+    await until(was_asked)
+    await rig.stop(service)
+    await rig.answer(task_id)
+    await rig.serve(AsksBeside())
+    assert (await rig.result(task_id)).result == '"yes"'
+    events = await rig.events(task_id)
+    assert [event.type for event in events] == ["InputRequiredEvent", "RunResumed", "StopEvent"]
+    assert json.loads(events[1].payload)["from_index"] == 1
+
+
 async def test_nothing_is_encoded_again_while_nothing_changes(rig, recorder, monkeypatch):
     encoded = []
     service = await rig.serve(Asks(), coordinator=recorder)
@@ -352,6 +433,7 @@ async def test_what_is_slow_to_encode_is_encoded_less_often(monkeypatch):
 
     class Run:
         is_done = has_half_sent = False
+        half_told = 0
         context = None
         ticks = 0
 

@@ -122,6 +122,7 @@ class RunCore:
         self._idle = False
         self._ticks = 0
         self._stream = EventRing(self.options.event_buffer)
+        self._told = 0  # events published by the time when a step call last ended
         self._outcome: StopEvent | BaseException | None = None
         self._traceback: TracebackType | None = None
 
@@ -145,6 +146,13 @@ class RunCore:
         """Whether a step that is at work has sent events. A run that goes on from a snapshot of this moment starts that
         step again, which sends them again, beside what has come of them."""
         return any(call.received for worker in self.broker_state.workers.values() for call in worker.in_progress)
+
+    @property
+    def half_told(self) -> int:
+        """How many of the latest published events are of steps that are still at work: of all that was published since a
+        step call last ended. A run that goes on from a snapshot of this moment publishes them again."""
+        at_work = any(worker.in_progress for worker in self.broker_state.workers.values())
+        return self._stream.published - self._told if at_work else 0
 
     def now(self) -> float:
         """Seconds since the epoch, moved by the backend's clock."""
@@ -225,8 +233,10 @@ class RunCore:
             self._obey(command)
             if self._outcome is not None:
                 return
-        if type(tick) is TickStepResult and self._hooks is not None and has_completed(tick, commands):
-            self._hooks.on_step_done()
+        if type(tick) is TickStepResult:
+            self._told = self._stream.published
+            if self._hooks is not None and has_completed(tick, commands):
+                self._hooks.on_step_done()
 
     def _reduced(self, tick: WorkflowTick) -> list[WorkflowCommand]:
         now = self.now()

@@ -85,6 +85,8 @@ class Checkpointer:
             return None
         context, held = parts
         more = LEFT_IDLE if left_idle else ""
+        if half_told := run.half_told:
+            more += f',"half_told":{half_told}'
         text = f'{{"context":{context},"held":{held},"based_on":{self.based_on}{more}}}'
         if (size := size_of(text)) > CHECKPOINT_LIMIT:
             self._warn(f"its state takes {size} bytes, and a checkpoint at most {CHECKPOINT_LIMIT}")

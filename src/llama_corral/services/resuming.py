@@ -124,7 +124,10 @@ class Beginner:
             raise _Misfit("; ".join(found))
         for event in self._decoded(lambda: [self.codec.decode_event(payload) for payload in held]):
             run.send_event(event)
-        return Beginning(run, checkpoint.inbox_applied, based_on, from_index=checkpoint.event_count)
+        # What was at work at the snapshot is done again as a whole, with what it had published by then.
+        half_told = self._decoded(lambda: int(snapshot.get("half_told", 0)))
+        from_index = max(0, checkpoint.event_count - half_told)
+        return Beginning(run, checkpoint.inbox_applied, based_on, from_index=from_index)
 
     def _count_absence(self, context: dict[str, Any]) -> None:
         """For its workflow's timeout a run that left memory only because it waited has been waiting all the time."""
