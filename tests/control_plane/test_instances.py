@@ -182,3 +182,15 @@ async def test_no_content_is_an_error_of_the_server(bodies: list[dict[str, Any]]
                 content = to_json(valid | body, inf_nan_mode="null")
                 assert await post(web, path, content) in (200, 400, 422)
         await assert_others_are_served(web)
+
+
+@pytest.mark.promise("P2")
+async def test_a_checkpoint_may_be_larger_than_other_bodies() -> None:
+    """At its limit it is 8 MB, and most of its letters may be quotation marks in JSON in JSON."""
+    async with open_web() as web:
+        report = await claimed(web)
+        snapshot = '{"a": "' + '\\"' * 4_000_000 + '"}'
+        large = report | {"checkpoint": {"snapshot": snapshot, "inbox_applied": 0}}
+        assert await post(web, calls.REPORT, large) == 200
+        assert await post(web, "/sessions/create", {"session_id": "x" * 11_000_000}) == 413
+        assert await post(web, calls.REPORT, large | {"seq": 2, "more": "x" * 33_000_000}) == 413

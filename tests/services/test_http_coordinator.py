@@ -259,9 +259,9 @@ async def test_the_token_is_checked(core: Threaded) -> None:
 
 
 async def test_a_report_that_is_too_large_is_said_to_be(anyio_backend: str) -> None:
-    async with open_core(body_limit=10_000) as core, HttpCoordinator(core.url) as coordinator:
+    async with open_core() as core, HttpCoordinator(core.url) as coordinator:
         claim = await accepted(core, coordinator)
-        large = EventRecord("Large", json.dumps("x" * 20_000))
+        large = EventRecord("Large", json.dumps({"text": "x" * 33_000_000}))
         with pytest.raises(TooLarge):
             await coordinator.report(Report(claim.task_id, claim.epoch, 1, 0.0, (large,)))
         small = EventRecord("Small", "{}")

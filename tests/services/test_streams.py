@@ -51,7 +51,10 @@ async def test_five_thousand_events_are_stored_without_a_gap(request, store, rig
 
 
 @pytest.mark.promise("P12")
-async def test_no_step_starts_while_the_publisher_is_behind(rig):
+@pytest.mark.parametrize("limit", ["BEHIND", "BEHIND_BYTES"])
+async def test_no_step_starts_while_the_publisher_is_behind(rig, monkeypatch, limit):
+    monkeypatch.setattr(f"llama_corral.services.reporter.{limit}", 1_000)
+
     class Held:
         def __init__(self) -> None:
             self.go = anyio.Event()
@@ -96,6 +99,15 @@ async def test_a_step_that_publishes_too_fast_fails_by_name(rig, monkeypatch):
     assert (record.status, record.error.type) == ("failed", "TooLarge")
     events = await rig.events(record.task_id)
     assert [event.index for event in events] == list(range(len(events)))
+
+
+@pytest.mark.promise("P12")
+async def test_a_step_that_publishes_too_much_fails_by_name(rig, monkeypatch):
+    monkeypatch.setattr("llama_corral.services.reporter.OVERFLOW_BYTES", 500)
+    await rig.serve(Echo())
+    record = await rig.run(count=200)
+    assert (record.status, record.error.type) == ("failed", "TooLarge")
+    assert "bytes" in record.error.message
 
 
 @pytest.mark.promise("P1")

@@ -28,8 +28,7 @@ from ..protocol.records import (
 T = TypeVar("T")
 
 HEARTBEAT_TIMEOUT: Final = 10.0
-"""Seconds that a heartbeat may take: one that hangs must leave time for another before the lease ends."""
-
+"""Seconds that a heartbeat may take, or half of the lease if that is less: one that hangs must leave time for another."""
 
 _REGISTRATION: Final = TypeAdapter(Registration)
 _CLAIM: Final[TypeAdapter[Claim | None]] = TypeAdapter(Claim | None)
@@ -63,6 +62,7 @@ class HttpCoordinator(Coordinator):
     ) -> None:
         self._owns_link = link is None
         self.link = HttpLink(control_plane_url, token) if link is None else link
+        self._heartbeat_timeout = HEARTBEAT_TIMEOUT
 
     async def __aenter__(self) -> Self:
         return self
@@ -79,6 +79,8 @@ class HttpCoordinator(Coordinator):
                 f"{', '.join(map(str, info.protocol_versions))}",
                 hint="Upgrade the older one of worker and control plane.",
             )
+        if registration.lease > 0:
+            self._heartbeat_timeout = min(HEARTBEAT_TIMEOUT, registration.lease / 2)
         return registration
 
     async def deregister(self, instance_id: str) -> None:
@@ -105,7 +107,7 @@ class HttpCoordinator(Coordinator):
 
     async def heartbeat(self, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:
         call = calls.HeartbeatCall(instance_id, tuple(held))
-        return await self._ask(calls.HEARTBEAT, call, _BEATEN, timeout=HEARTBEAT_TIMEOUT)
+        return await self._ask(calls.HEARTBEAT, call, _BEATEN, timeout=self._heartbeat_timeout)
 
     async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage:
         return await self._ask(calls.PULL, calls.PullCall(task_id, epoch, after), _PAGE)

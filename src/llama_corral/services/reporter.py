@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeVar
@@ -29,9 +29,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BEHIND = 1_000
-"""Events not yet stored beyond which no further step of the run starts."""
+BEHIND_BYTES = 8_000_000
+"""Events not yet stored, and their bytes, beyond which no further step of the run starts."""
 OVERFLOW = 100_000
-"""Events not yet stored beyond which the step that publishes fails."""
+OVERFLOW_BYTES = 64_000_000
+"""Events not yet stored, and their bytes, beyond which the step that publishes fails."""
 
 
 class ReporterHost(Protocol):
@@ -75,6 +77,8 @@ class Reporter:
         self._claim = claim
         self._on_lost = on_lost
         self._events: list[EventRecord] = []
+        self._bytes = 0  # of the events; those of a report on its way apart
+        self._bytes_sent = 0
         self._terminal: Terminal | None = None
         self._context: ContextUpdate | None = None
         # How many of the events belong before the checkpoint, or before the moment from which another run goes on.
@@ -94,6 +98,10 @@ class Reporter:
         return len(self._events) + (len(self._unanswered.events) if self._unanswered is not None else 0)
 
     @property
+    def _bytes_not_stored(self) -> int:
+        return self._bytes + self._bytes_sent
+
+    @property
     def has_checkpoint(self) -> bool:
         """Whether a checkpoint waits to be stored."""
         return self._checkpoint is not None or (
@@ -103,18 +111,22 @@ class Reporter:
     def begin(self, marker: EventRecord) -> None:
         """Start the first report with an event of ours."""
         self._events.insert(0, marker)
+        self._bytes += size_of(marker.payload)
         self.want_flush()
 
     def add(self, event: Event) -> None:
         """A published event. Callable from any library; raises TooLarge in the step that publishes too fast."""
         if self.settled:  # by a step that goes on although its task is over
             return
-        if self._not_stored >= OVERFLOW:
+        if self._not_stored >= OVERFLOW or self._bytes_not_stored >= OVERFLOW_BYTES:
             raise TooLarge(
-                f"task {self._claim.task_id} published {OVERFLOW} events faster than they can be stored",
+                f"task {self._claim.task_id} published {self._not_stored} events of {self._bytes_not_stored} bytes faster "
+                "than they can be stored",
                 hint="publish fewer events, or await something between them",
             )
-        self._events.append(self._host.codec.encode_event(event))
+        record = self._host.codec.encode_event(event)
+        self._events.append(record)
+        self._bytes += size_of(record.payload)
         if not isinstance(event, StopEvent):  # the ending goes with it in one report
             self.want_flush()
 
@@ -134,6 +146,7 @@ class Reporter:
 
     def drop_rest(self) -> None:
         """Forget what was published since `cut`."""
+        self._bytes -= _bytes_of(self._events[self._mark :])
         del self._events[self._mark :]
 
     def set_waiting(self, waiting: bool) -> None:
@@ -147,8 +160,8 @@ class Reporter:
             self._host.needs_flush(self)
 
     async def wait_room(self) -> None:
-        """Return when no more than `BEHIND` events wait to be stored."""
-        while self._not_stored > BEHIND:
+        """Return when no more than `BEHIND` events, and `BEHIND_BYTES`, wait to be stored."""
+        while self._not_stored > BEHIND or self._bytes_not_stored > BEHIND_BYTES:
             self.want_flush()
             await self._flushed.wait()
 
@@ -193,6 +206,8 @@ class Reporter:
             return None
         events = tuple(self._events[:count])
         del self._events[:count]
+        self._bytes_sent = _bytes_of(events)
+        self._bytes -= self._bytes_sent
         if self._mark is not None:
             self._mark -= count
         if checkpoint is not None:
@@ -250,6 +265,7 @@ class Reporter:
         self._host.tickets_due(answer.tickets)
 
     def _tell_flushed(self) -> None:
+        self._bytes_sent = 0
         self._flushed.set()
         self._flushed = anyio.Event()
 
@@ -280,6 +296,11 @@ class Reporter:
         else:
             return False
         self._events[:0] = events
+        self._bytes += _bytes_of(events)
         if self._mark is not None:
             self._mark += len(events)
         return True
+
+
+def _bytes_of(events: Iterable[EventRecord]) -> int:
+    return sum(size_of(event.payload) for event in events)

@@ -76,6 +76,7 @@ class WebApp(Routes):
         self.drain = trio.Event()
         self.table = RouteTable()
         self.quart = self._make_quart()
+        self._body_limits: dict[str, int] = {}
         self._components: dict[str, Callable[[], bool]] = {}
         self._document: dict[str, Any] | None = None
         self._door = Door(self)
@@ -103,6 +104,10 @@ class WebApp(Routes):
         """Let `/ready` depend on `is_ready()`, a quick look at memory; it is called for every probe."""
         self._components[name] = is_ready
 
+    def body_limit(self, path: str) -> int:
+        """The largest body in bytes that a request to the path may have."""
+        return max(self.settings.body_limit, self._body_limits.get(path, 0))
+
     @property
     def document(self) -> dict[str, Any]:
         """The OpenAPI document."""
@@ -113,6 +118,8 @@ class WebApp(Routes):
     def _mount(self, route: Route) -> None:
         self._document = None
         self.table.add(route)
+        if route.options.body_limit:
+            self._body_limits[route.path] = route.options.body_limit
 
         async def view(**path_params: str) -> QuartResponse:
             request: Request = quart_request.scope["corral.exchange"].request  # type: ignore[typeddict-item]

@@ -76,11 +76,11 @@ class Door:
         if length and "transfer-encoding" in request.headers:
             # A proxy may believe the other one, and take for a request what we take for a body.
             raise Malformed("both Content-Length and Transfer-Encoding are given", hint="send one of them")
-        if length.isdecimal() and int(length) > self.app.settings.body_limit:
-            raise self.too_large()
+        limit = self.app.body_limit(request.path)
+        if length.isdecimal() and int(length) > limit:
+            raise self.too_large(limit)
 
-    def too_large(self) -> TooLarge:
-        limit = self.app.settings.body_limit
+    def too_large(self, limit: int) -> TooLarge:
         return TooLarge(f"the body is larger than {limit} bytes", hint="raise body_limit or send less", limit=limit)
 
     def cors_headers(self, request: Request) -> list[tuple[bytes, bytes]]:
@@ -239,7 +239,7 @@ class Exchange:
     async def _read_body(self) -> None:
         chunks: list[bytes] = []
         size = 0
-        settings = self.app.settings
+        settings, limit = self.app.settings, self.app.body_limit(self.request.path)
         with trio.move_on_after(settings.body_timeout) as scope:
             while True:
                 message = await self._receive()
@@ -248,8 +248,8 @@ class Exchange:
                 chunk = message.get("body", b"")
                 if chunk:
                     size += len(chunk)
-                    if size > settings.body_limit:
-                        raise self.door.too_large()
+                    if size > limit:
+                        raise self.door.too_large(limit)
                     chunks.append(chunk)
                 if not message.get("more_body", False):
                     break

@@ -49,6 +49,8 @@ class RouteOptions:
         errors: Statuses of the errors that the handler raises, for the document. What the door, the validation and a
             missing part of the path raise is there already, and so is 503.
         takes_headers: Request headers that mean something to the handler, for the document: name to JSON schema.
+        body_limit: Largest body in bytes where it may be larger than the settings say. Only for a path without parts that
+            are named.
         tag: Heading in the document.
         hidden: Leave the route out of the document.
     """
@@ -61,6 +63,7 @@ class RouteOptions:
     answers: Mapping[int, Any] = field(default_factory=dict)
     errors: tuple[int, ...] = ()
     takes_headers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    body_limit: int = 0
     tag: str | None = None
     hidden: bool = False
 

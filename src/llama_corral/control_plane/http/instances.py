@@ -34,6 +34,8 @@ from ..effects import MESSAGES_INSTANCE
 from ..plane import ControlPlane
 
 MAX_CAPACITY: Final = 1_000_000
+REPORT_BODY_LIMIT: Final = 32_000_000
+"""A checkpoint of 8 MB is JSON within JSON within JSON on its way, and every quotation mark of it grows."""
 _LARGEST: Final = 2**63 - 1
 
 
@@ -67,8 +69,8 @@ class InstanceRoutes:
         routes.add("POST", calls.REGISTER, self.register, hot=True)
         routes.add("POST", calls.DEREGISTER, self.deregister, hot=True)
         routes.add("POST", calls.CLAIM, self.claim, hot=True)
-        routes.add("POST", calls.REPORT, self.report, hot=True)
-        routes.add("POST", calls.RELEASE, self.release, hot=True)
+        routes.add("POST", calls.REPORT, self.report, hot=True, body_limit=REPORT_BODY_LIMIT)
+        routes.add("POST", calls.RELEASE, self.release, hot=True, body_limit=REPORT_BODY_LIMIT)
         routes.add("POST", calls.HEARTBEAT, self.heartbeat, hot=True)
         routes.add("POST", calls.PULL, self.pull, hot=True)
         return [routes]
