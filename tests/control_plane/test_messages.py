@@ -120,6 +120,25 @@ async def test_cancelling_and_timing_out_do_not_wait_for_the_service(corral: Cor
     assert record.status is TaskStatus.TIMED_OUT
 
 
+@pytest.mark.promise("P2", "P5")
+async def test_a_task_that_starts_later_is_published_once() -> None:
+    async with open_corral() as corral:
+        await corral.plane.services.define(ServiceDefinition(service_name="old"))
+        accepted = await corral.plane.submit("old", {}, delay=0.05)
+        assert (await corral.message("old")).data["task_id"] == accepted.task_id
+        await anyio.wait_all_tasks_blocked()
+        assert (await corral.plane.get_task(accepted.task_id)).status is TaskStatus.RUNNING
+
+
+async def test_a_dead_letter_that_is_no_unicode_is_kept_too(corral: Corral) -> None:
+    data = {"topic": "a\ud800", "reason": "b\ud800", "message": {"task_id": "c\ud800"}}
+    await corral.queue.publish(QueueMessage(type="any", data=data), corral.topic("dead_letter"))
+    await corral.queue.publish(QueueMessage(type="any", data={}), corral.topic("control_plane"))
+    await anyio.wait_all_tasks_blocked()
+    _, letter = await corral.plane.list_dead_letters()
+    assert (letter.topic, letter.reason, letter.message) == ("a?", "b?", '{"task_id": "c?"}')
+
+
 async def test_an_outside_event_is_forwarded_as_a_message(corral: Corral) -> None:
     task_id = await start(corral)
     await corral.plane.send_event(task_id, '{"answer": 42}')
