@@ -337,8 +337,9 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def expire(self, now: float) -> list[SendAnswer]:
-        """End open tasks that nobody owns and whose deadline has passed, as timed_out. Owned ones are their owner's."""
+    async def expire(self, now: float, *, limit: int = 500) -> list[SendAnswer]:
+        """End up to `limit` open tasks that nobody owns and whose deadline has passed, as timed_out. Owned ones are their
+        owner's. Fewer than `limit`: no others are overdue."""
 
     @abstractmethod
     async def send(self, task_id: str, payload: str, now: float) -> SendAnswer:
@@ -389,8 +390,9 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def wake(self, now: float) -> list[Ticket]:
-        """Queue the waiting tasks without an owner whose `wake_at` has come."""
+    async def wake(self, now: float, *, limit: int = 500) -> list[Ticket]:
+        """Queue up to `limit` of the waiting tasks without an owner whose `wake_at` has come, first what came first. Fewer
+        than `limit`: there are no others."""
 
     @abstractmethod
     async def next_due(self, now: float) -> float | None:
