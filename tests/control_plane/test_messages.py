@@ -8,6 +8,7 @@ from typing import Any
 import anyio
 import pytest
 
+from llama_corral.control_plane import upkeep
 from llama_corral.exceptions import BadInput, Conflict, NotFound
 from llama_corral.protocol.lifecycle import TaskStatus
 from llama_corral.protocol.messages import ActionTypes, QueueMessage, ServiceDefinition, TaskDefinition, TaskResult
@@ -115,6 +116,19 @@ async def test_cancelling_and_timing_out_do_not_wait_for_the_service(corral: Cor
     await corral.plane.process_message(completed(task_id))
     assert (await corral.plane.get_task(task_id)).status is TaskStatus.CANCELLED
     task_id = await start(corral, timeout=0.1)
+    record = await corral.plane.wait_result(task_id, 5)
+    assert record is not None
+    assert record.status is TaskStatus.TIMED_OUT
+
+
+@pytest.mark.promise("P1")
+async def test_a_deadline_is_seen_behind_any_number_of_newer_tasks(
+    corral: Corral, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "MESSAGES_PAGE", 2)
+    task_id = await start(corral, timeout=0.1)
+    for _ in range(4):
+        await start(corral)
     record = await corral.plane.wait_result(task_id, 5)
     assert record is not None
     assert record.status is TaskStatus.TIMED_OUT

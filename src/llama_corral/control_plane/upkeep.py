@@ -7,12 +7,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Final
 
 import anyio
 
 from ..abc import MessageQueue, Store
-from ..exceptions import QueueUnavailable, Unavailable
+from ..exceptions import NotFound, QueueUnavailable, Unavailable
 from ..protocol import topics
 from ..protocol.lifecycle import TaskStatus
 from ..protocol.messages import ActionTypes
@@ -133,14 +134,26 @@ class Upkeep:
     async def _expire_messages_only(self) -> None:
         # Their services do not know about deadlines, and we are the owner.
         for name in list(self._registry.messages_only()):
-            which = TaskFilter((TaskStatus.RUNNING, TaskStatus.WAITING), service_name=name, limit=MESSAGES_PAGE)
-            for record in await self._store.list_tasks(which):
+            try:
+                await self._expire_messages_of(name)
+            except NotFound:
+                logger.debug("a task was deleted while those of %s were looked at; the next look goes on", name)
+
+    async def _expire_messages_of(self, service_name: str) -> None:
+        which = TaskFilter((TaskStatus.RUNNING, TaskStatus.WAITING), service_name=service_name, limit=MESSAGES_PAGE)
+        more = True
+        while more:
+            records = await self._store.list_tasks(which)
+            for record in records:
                 if record.deadline is None or record.owner != MESSAGES_INSTANCE:
                     continue
                 if record.deadline <= self._now():
                     await self._reports.end(record, TaskStatus.TIMED_OUT, "The task's deadline passed.")
                 else:
                     self._effects.alarm.add(record.deadline)
+            more = len(records) == MESSAGES_PAGE
+            if more:
+                which = replace(which, before=records[-1].task_id)
 
     async def backstop_forever(self) -> None:
         """Look every now and then, and soon after a message could not be published, for what should have happened."""
