@@ -205,7 +205,8 @@ class Coordinator(ABC):
 
     @abstractmethod
     async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage:
-        """Outside events with a seq greater than `after`, and the cancel flag."""
+        """Outside events with a seq greater than `after`, and the cancel flag. If `head` is behind the last of them, there
+        are more."""
 
 
 class Store(ABC):
@@ -273,7 +274,8 @@ class Store(ABC):
     @abstractmethod
     async def merge_state(self, session_id: str, changes: Mapping[str, Any]) -> SessionRecord | None:
         """Update the top-level keys of the user state, as dict.update would, and count its version up. None: no such
-        session. Merging happens in the transaction: concurrent merges of different keys all stand."""
+        session. Merging happens in the transaction: concurrent merges of different keys all stand. The answer names no
+        tasks."""
 
     @abstractmethod
     async def delete_session(self, session_id: str) -> DeletedSession | None:
@@ -350,7 +352,8 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage: ...
+    async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage:
+        """The next outside events, some hundreds at most: if `head` is behind the last of them, there are more."""
 
     @abstractmethod
     async def reap(self, dead_instances: Sequence[str], now: float) -> list[Ticket]:

@@ -277,6 +277,7 @@ class TaskExecution(RunHooks):
         if beginning.from_start:  # the claim has only what came after its checkpoint
             self._pull_again = True
             return beginning.run, ()
+        self._pull_again = self._pull_again or bool(claim.inbox)  # there may be more of them
         return beginning.run, claim.inbox
 
     def _make_run(self, start_event: StartEvent, context: Context[Any] | None) -> Run:
