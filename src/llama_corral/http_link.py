@@ -30,6 +30,22 @@ CLOSING_TIME: Final = 2.0
 _NOT_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol)
 
 
+class _Body(httpx.AsyncByteStream):
+    """A request's body in one piece. httpx's own is a generator, which a cancelled request leaves to the garbage collector,
+    of which Trio warns."""
+
+    def __init__(self, content: bytes) -> None:
+        self._left: list[bytes] = [content]
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not self._left:
+            raise StopAsyncIteration
+        return self._left.pop()
+
+
 class HttpLink:
     """Requests to one control plane: `async with HttpLink(url, token) as link: await link.ask("GET", "/", json.loads)`.
 
@@ -113,6 +129,8 @@ class HttpLink:
             content=body,
             headers=None if body is None else {"Content-Type": "application/json"},
         )
+        if body is not None:
+            request.stream = _Body(body)
         try:
             response = await self._send(request, (self._timeout if timeout is None else timeout) + wait)
             if response.status_code >= 300:

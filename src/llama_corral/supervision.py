@@ -269,6 +269,10 @@ async def stop_on_signal(
                 stop.set()
 
 
+class _NobodyListens(Exception):
+    """The block was left."""
+
+
 @contextmanager
 def _hearing_for_a_blocked_loop(
     stop: StopEvent, blocked_after: float, exit_process: Callable[[int], object]
@@ -285,24 +289,34 @@ def _hearing_for_a_blocked_loop(
         if callable(theirs):
             theirs(number, frame)
 
-    def watch() -> None:
-        if heard.get() is None:
-            return
+    def wait_signal(seconds: float = math.inf) -> int:
+        """The number of the next signal, 0 if none comes in time."""
         try:
-            again = heard.get(timeout=min(blocked_after, threading.TIMEOUT_MAX))
+            number = heard.get(timeout=max(0.0, min(seconds, threading.TIMEOUT_MAX)))
         except queue.Empty:
-            if not stop.is_set():
+            return 0
+        if number is None:
+            raise _NobodyListens
+        return number
+
+    def watch() -> None:
+        first = wait_signal()
+        again = wait_signal(_LOOP_TURN)
+        if not again and not stop.is_set():
+            logger.warning("%s: a step blocks the event loop; once more ends at once", signal.Signals(first).name)
+            again = wait_signal(blocked_after - _LOOP_TURN)
+            if not again and not stop.is_set():
                 _exit_blocked(exit_process, EXIT_STUCK)
                 return
-            again = heard.get()
-        if again is None:
-            return
-        with suppress(queue.Empty):
-            if heard.get(timeout=_LOOP_TURN) is None:
-                return
+        again = again or wait_signal()
+        wait_signal(_LOOP_TURN)
         _exit_blocked(exit_process, EXIT_SIGNAL_BASE + again)
 
-    threading.Thread(target=watch, name="signals for a blocked loop", daemon=True).start()
+    def watch_until_nobody_listens() -> None:
+        with suppress(_NobodyListens):
+            watch()
+
+    threading.Thread(target=watch_until_nobody_listens, name="signals for a blocked loop", daemon=True).start()
     for number in of_the_loop:
         signal.signal(number, hear)
     try:

@@ -151,7 +151,8 @@ def test_options_of_a_run(corral: Corral, server: str, client: SyncClient) -> No
     assert corral("run", "hello", "--session", session, *options).code == 0
     (info,) = client.tasks(session=session)
     assert info.max_attempts == 7
-    assert info.not_before is not None
+    assert info.started_at is not None
+    assert info.started_at >= info.created_at + 0.05
     refused = corral("run", "hello", "--backoff", "1")
     assert (refused.code, refused.out) == (2, "")
     assert "no error after which" in refused.err

@@ -170,7 +170,7 @@ JSON = st.recursive(
 MEMBERS = [*sorted(Report.__dataclass_fields__), "instance_id", "ticket", "nonce", "held", "after", "idle", "wake_at"]
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(bodies=st.lists(st.dictionaries(st.sampled_from(MEMBERS), JSON), min_size=10, max_size=10))
 @pytest.mark.promise("P9")
 async def test_no_content_is_an_error_of_the_server(bodies: list[dict[str, Any]]) -> None:

@@ -47,7 +47,7 @@ def test_the_control_plane(plane: Served, tmp_path: Path) -> None:
             options = {"session_id": "s0", "task_id": f"t{number}"}
             client.post("/services/echo/run", params=options, json={"count": number}).raise_for_status()
             ids["task_id"].append(options["task_id"])
-    run_schemathesis(plane, ids, tmp_path, 5)
+    run_schemathesis(plane, ids, tmp_path, 4)
     with plane.client() as client:
         assert client.post("/services/echo/run", json={"count": 1}).json()["status"] == "completed"
 

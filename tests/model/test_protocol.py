@@ -74,12 +74,13 @@ class Protocol(RuleBasedStateMachine):
 
     @initialize()
     def a_world_at_work(self) -> None:
-        """Two instances, two tasks in line, one that is at work, one without a session."""
+        """Two instances, two tasks in line, two side by side, one that is at work, one without a session."""
         world = self.world
         first = self.call(world.start_instance)
         self.call(world.start_instance)
         self.call(world.create_session, "e")
-        for session, by in (("e", None), ("e", None), (None, first), (None, None)):
+        self.call(world.create_session, "c")
+        for session, by in (("e", None), ("e", None), ("c", None), ("c", None), (None, first), (None, None)):
             self.call(world.accept, self._task(session, "svc", max_attempts=2, retry=RETRY), by)
 
     def _task(self, session: str | None, service: str, **more: Any) -> NewTask:
@@ -90,7 +91,7 @@ class Protocol(RuleBasedStateMachine):
     # Accept and claim
 
     @rule(
-        session=st.sampled_from([None, "e", "e", "e", "e", "r", "c"]),
+        session=st.sampled_from([None, "e", "e", "e", "c", "c", "r"]),
         service=st.sampled_from(("svc", "svc", "other")),
         by=st.none() | picks,
         timeout=st.sampled_from([None, None, 1.5, 5.0, 50.0]),
@@ -188,13 +189,13 @@ class Protocol(RuleBasedStateMachine):
             self.call(self.world.say, run, report, fate)
 
     @precondition(lambda self: self.world.working())
-    @rule(pick=picks, ending=endings, based_on=st.sampled_from([None, None, 0, 1]), fate=fates)
-    def end(self, pick: int, ending: str, based_on: int | None, fate: Fate) -> None:
+    @rule(pick=picks, ending=endings, off=st.sampled_from([0, 0, -1, 1]), fate=fates)
+    def end(self, pick: int, ending: str, off: int, fate: Fate) -> None:
         run = self._free_run(pick)
         if run is not None:
             retryable = ending == "retryable"
             status = TaskStatus.FAILED if retryable else TaskStatus(ending)
-            report = self.world.ending(run, status, based_on=based_on, retryable=retryable)
+            report = self.world.ending(run, status, off=off, retryable=retryable)
             self.call(self.world.say, run, report, fate)
 
     @precondition(lambda self: self.world.working())

@@ -304,12 +304,13 @@ class World(Ground):
         run.seq += 1
         return Report(run.task_id, run.claim.epoch, run.seq, self.now, self.payloads(events), waiting, **more)
 
-    def ending(self, run: Run, status: TaskStatus, *, based_on: int | None = None, retryable: bool = False) -> Report:
+    def ending(self, run: Run, status: TaskStatus, *, off: int = 0, retryable: bool = False) -> Report:
+        """`off`: by how much the context's version is not the one that the run started from."""
         error = None
         if status is not TaskStatus.COMPLETED:
             error = ErrorRecord(type="ValueError", message="no", retryable=retryable)
         held = 0 if run.claim.context is None else run.claim.context.version
-        context = ContextUpdate(held if based_on is None else based_on, f'{{"c":{self.number()}}}')
+        context = ContextUpdate(max(0, held + off), f'{{"c":{self.number()}}}')
         terminal = Terminal(status, "1" if error is None else None, "1" if error is None else "no", error)
         return self.report(run, events=1, terminal=terminal, context=context)
 

@@ -51,11 +51,15 @@ class Second(Event):
 
 
 class Steps(Workflow):
-    """Three steps. Each says that it begins and, as the last thing that it does, that it is done."""
+    """Three steps. Each says that it begins and, as the last thing that it does, that it is done.
+
+    With a `gate`, the second one works for ever if there is no such file.
+    """
 
     @step
     async def one(self, ctx: Context, ev: StartEvent) -> First:
         await ctx.store.set("pause", ev.get("pause", 0.02))
+        await ctx.store.set("gate", ev.get("gate"))
         await self.work(ctx, ev.name, 1)
         return First(name=ev.name)
 
@@ -72,6 +76,9 @@ class Steps(Workflow):
     async def work(self, ctx: Context, name: str, number: int) -> None:
         mark(name, number)
         ctx.write_event_to_stream(Tick(n=number))
+        gate = await ctx.store.get("gate")
+        if number == 2 and gate and not await anyio.Path(gate).exists():
+            await anyio.sleep_forever()
         await anyio.sleep(await ctx.store.get("pause"))  # the work
         die_at(f"step {number}")
         ctx.write_event_to_stream(Done(n=number))

@@ -25,15 +25,17 @@ async def test_killed_with_200_tasks_of_which_50_wait_for_a_person(tmp_path: Pat
     async with flows_stack(tmp_path, "steps", "person", options=options) as stack, Client(stack.url) as client:
         people = await start_named(client, "person", 50)
         await each(wait_event, people)
-        workers = await start_named(client, "steps", 150, pause=0.05)
-        await workers[20].wait()
-        assert await count_open(client) > 50
+        gate = tmp_path / "gate"
+        await check_endings([await client.start("steps", name=f"done-{n}") for n in range(5)])
+        first = await client.start("steps", name="first", gate=str(gate))
+        await wait_event(first, 2)
+        workers = [first, *await start_named(client, "steps", 149, gate=str(gate))]
+        assert await count_open(client) == 200
         stack.main.kill()
         await stack.main.wait_exit()
-        in_flight = 200 - len({mark.name for mark in read_marks(tmp_path) if mark.step == "3"})
 
+        gate.touch()
         await stack.main.restart()
-        assert in_flight > 50
         await check_endings(workers)
         assert await count_open(client) == 50
         await each(answer, people)
@@ -109,10 +111,10 @@ async def test_a_step_that_blocks_the_event_loop_ends_with_the_process(tmp_path:
             tasks.start_soon(partial(client.start, "frozen", name="frozen", task_id="frozen"))
             await stack.main.wait_output("frozen")
             tasks.cancel_scope.cancel()  # nobody answers any more
-        if again:
-            # Another number: the same one twice may be one signal.
-            stack.main.send_signal(signal.SIGINT)
         stack.main.terminate()
+        if again:
+            await stack.main.wait_output("SIGTERM: a step blocks the event loop")
+            stack.main.terminate()
         assert await stack.main.wait_exit() == (143 if again else 70)
         assert "in freeze" in stack.main.output  # its stack
         await stack.main.restart()

@@ -56,6 +56,17 @@ class Version1(Workflow):
         return StopEvent(result=f"{ev.text} {got.response}")
 
 
+class NewStart(StartEvent):
+    text: str
+    more: str
+
+
+class WantsMoreAtTheStart(Version1):
+    @step
+    async def write(self, ev: NewStart, ctx: Context) -> Draft:
+        return Draft(text=ev.more)
+
+
 class AddsAStep(Version1):
     """Whatever waited still has its place."""
 
@@ -111,6 +122,18 @@ async def test_what_still_fits_goes_on(rig):
     await rig.answer(task_id)
     assert (await rig.result(task_id)).result == '"a yes"'
     assert "write" not in probe.entered
+
+
+async def test_a_start_that_would_be_refused_now_is_over(rig):
+    task_id = await left_by(rig, Version1())
+    service = await rig.serve(WantsMoreAtTheStart())
+    await rig.answer(task_id)
+    assert (await rig.result(task_id)).result == '"a yes"'
+    await rig.stop(service)
+    task_id = await left_by(rig, Version1())
+    await rig.serve(WantsMoreAtTheStart(), on_change="restart")
+    record = await rig.result(task_id)
+    assert (record.status, record.error.type) == ("failed", "BadInput")
 
 
 async def test_what_does_not_fit_fails_and_says_what_to_do(rig):

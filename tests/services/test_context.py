@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from workflows import Context, Workflow, step
+from workflows.events import HumanResponseEvent, InputRequiredEvent, StartEvent, StopEvent
 
 from llama_corral.protocol.records import ContextUpdate, Report, Terminal
 
 from .flows import Counter, Fails
+from .rig import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.promise("P4")]
 
@@ -96,6 +99,43 @@ async def test_a_version_conflict_never_refuses_the_ending(rig):
     record = await rig.run(session="s")
     assert (record.status, record.context_saved) == ("completed", False)
     assert "version" in record.context_error
+
+
+class Remembers(Workflow):
+    """Keeps names. The slow ones ask first."""
+
+    @step
+    async def begin(self, ev: StartEvent, ctx: Context) -> InputRequiredEvent | StopEvent:
+        names = [*await ctx.store.get("names", default=[]), ev.name]
+        await ctx.store.set("names", names)
+        if ev.get("slow", False):
+            return InputRequiredEvent(prefix="?")
+        return StopEvent(result=names)
+
+    @step
+    async def answered(self, ev: HumanResponseEvent, ctx: Context) -> StopEvent:
+        return StopEvent(result=await ctx.store.get("names"))
+
+
+async def test_a_run_that_was_resumed_does_not_overwrite_what_others_saved_meanwhile(rig):
+    await rig.serve(Remembers(), idle_timeout=0.01)
+    await rig.plane.sessions.create("s", policy="concurrent")
+    await rig.run(session="s", name="first")
+    slow = await rig.submit(session="s", name="slow", slow=True)
+    for _ in range(2):  # it goes in and out of memory
+
+        async def has_left() -> bool:
+            record = await rig.plane.get_task(slow)
+            return record.status == "waiting" and record.owner is None
+
+        await until(has_left)
+        await rig.plane.send_event(slow, '{"type": "InputRequiredEvent", "value": {}}')  # which nothing takes
+    assert (await rig.run(session="s", name="quick")).context_saved
+    await rig.answer(slow)
+    record = await rig.result(slow)
+    assert (record.result, record.context_saved) == ('["first","slow"]', False)
+    assert "started from version 1" in record.context_error
+    assert (await rig.run(session="s", name="last")).result == '["first","quick","last"]'
 
 
 async def test_a_context_that_does_not_fit_fails_the_task_and_is_kept(rig):

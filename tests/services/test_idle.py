@@ -282,8 +282,7 @@ async def test_the_sweeper_sleeps_while_nothing_waits(anyio_backend, monkeypatch
             for each in (one, two, three):
                 sweeper.add(each)
             sweeper.discard(two)
-            while len(left) < 2:
-                await anyio.lowlevel.checkpoint()
+            await until(lambda: len(left) == 2)
             assert left == [one, three]
             await anyio.wait_all_tasks_blocked()
             count = len(sleeps)
@@ -291,7 +290,6 @@ async def test_the_sweeper_sleeps_while_nothing_waits(anyio_backend, monkeypatch
             assert len(sleeps) == count <= 3
             stubborn = Leaves(left, can=False)
             sweeper.add(stubborn)
-            while len(left) < 4:
-                await anyio.lowlevel.checkpoint()
+            await until(lambda: len(left) > 3)
             assert len(sweeper) == 1
             tasks.cancel_scope.cancel()

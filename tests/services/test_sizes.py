@@ -21,7 +21,7 @@ from llama_corral.services.reporter import Reporter
 from llama_corral.services.sizes import shortened, size_of
 
 from .flows import Asks, Chain, Counter
-from .rig import Probe, Recorder
+from .rig import Probe, Recorder, until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.promise("P1", "P12")]
 
@@ -186,6 +186,25 @@ async def test_a_checkpoint_that_it_does_not_take(rig, caplog):
     assert any("a checkpoint of task" in message for message in caplog.messages)
 
 
+@pytest.mark.promise("P2")
+async def test_a_waiting_run_whose_checkpoint_it_does_not_take_stays_in_memory(rig):
+    probe, leaves = Probe(), []
+    coordinator = Narrow(rig.plane, 10, counts=["checkpoint"])
+    service = await rig.serve(Asks(probe), coordinator=coordinator, idle_timeout=0.01)
+    service.reserve = lambda: None
+    task_id = await rig.submit(name="x")
+    await rig.wait_status(task_id, "waiting")
+    waiting = service.executions[task_id]
+    leave = waiting.leave
+    waiting.leave = lambda: leaves.append(leave()) or leaves[-1]
+    await until(lambda: len(leaves) > 2)
+    assert not any(leaves)
+    await rig.answer(task_id)
+    record = await rig.result(task_id)
+    assert (record.result, record.epoch) == ('["x","yes",1]', 1)
+    assert probe.entered == ["ask", "answered"]  # a person is not asked twice
+
+
 @pytest.mark.promise("P7")
 async def test_a_hand_back_without_the_checkpoint_that_it_does_not_take(rig):
     coordinator = Narrow(rig.plane, 10, counts=["checkpoint"])
@@ -226,9 +245,7 @@ async def test_a_coordinator_that_refuses_everything_does_not_end_the_service(ri
     elif call == "release":
         await rig.wait_status(task_id, "waiting")
         service.executions[task_id].release()
-    with anyio.fail_after(5):
-        while not refuses.refused:
-            await anyio.lowlevel.checkpoint()
+    await until(lambda: refuses.refused)
     await anyio.wait_all_tasks_blocked()
     refuses.on = False
     assert service.statistics().running

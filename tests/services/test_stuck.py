@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.promise("P1", "P6", "P7")]
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
     monkeypatch.setattr(execution, "UNWINDING_TIME", 0.02)
+    monkeypatch.setattr(execution, "HAND_BACK_TIME", 0.02)
 
 
 async def stubbornly(probe):
@@ -35,8 +36,8 @@ async def stubbornly(probe):
         while "work" not in probe.opened:
             try:
                 await probe.wait_open("work")
-            except anyio.get_cancelled_exc_class():  # asyncio's own cancellation passes the shield  # noqa: ASYNC103
-                continue
+            except anyio.get_cancelled_exc_class():  # noqa: ASYNC103 -- asyncio's own passes the shield
+                continue  # noqa: ASYNC104
 
 
 class Ignores(Workflow):
@@ -205,7 +206,7 @@ async def test_a_sync_step_that_blocks_is_left_behind(rig, how):
 
 @pytest.mark.anyio
 async def test_steps_that_take_a_moment_to_end_are_waited_for(rig, monkeypatch):
-    monkeypatch.setattr(execution, "UNWINDING_TIME", 8.0)
+    monkeypatch.setattr(execution, "HAND_BACK_TIME", 4.0)
     gate = Gate()
 
     class Tidies(Workflow):
@@ -230,6 +231,140 @@ async def test_steps_that_take_a_moment_to_end_are_waited_for(rig, monkeypatch):
     assert (await rig.plane.get_task(task_id)).status == "queued"
 
 
+@pytest.mark.anyio
+async def test_a_cancelled_task_ends_when_its_clean_up_has(rig, monkeypatch):
+    # Longer than a hand-back waits: nobody waits for a stop here.
+    monkeypatch.setattr(execution, "UNWINDING_TIME", 60.0)
+    monkeypatch.setattr(execution, "HAND_BACK_TIME", 0.0)
+    probe = Probe()
+    await rig.plane.sessions.create("s")
+    service = await rig.serve(Ignores(probe))
+    task_id = await rig.submit(session="s")
+    next_id = await rig.submit(session="s")
+    await probe.wait_entered(1)
+    cancelled = service.executions[task_id]
+    await rig.plane.cancel(task_id)
+    await until(lambda: cancelled._ending == "cancel")
+    await anyio.wait_all_tasks_blocked()
+    assert not cancelled.finished.is_set()
+    assert (await rig.plane.get_task(next_id)).status == "held"  # two of a session never work side by side
+    probe.open("work", "at once")
+    assert (await rig.result(task_id)).status == "cancelled"
+    assert (await rig.result(next_id)).status == "completed"
+
+
+@pytest.mark.anyio
+async def test_a_stop_does_not_wait_so_long_for_a_cancelled_task(rig, monkeypatch):
+    monkeypatch.setattr(execution, "UNWINDING_TIME", 60.0)
+    probe = Probe()
+    service = await rig.serve(Ignores(probe), drain_timeout=0.02)
+    task_id = await rig.submit()
+    await probe.wait_entered(1)
+    cancelled = service.executions[task_id]
+    await rig.plane.cancel(task_id)
+    await until(lambda: cancelled._ending == "cancel")
+    service.stop()
+    assert (await rig.result(task_id)).status == "cancelled"
+    probe.open("work")
+    await rig.wait_ended(service)
+
+
+class Leaves(Workflow):
+    """Ends while a run that it has started does not."""
+
+    def __init__(self, probe):
+        super().__init__(timeout=None)
+        self.probe = probe
+
+    @step
+    async def work(self, ev: StartEvent) -> StopEvent:
+        Ignores(self.probe).run()
+        await self.probe.gate.until(lambda: self.probe.entered)
+        return StopEvent(result="ended")
+
+
+@pytest.mark.anyio
+async def test_a_task_completes_without_a_run_that_it_has_started(rig, configuration):
+    if configuration == "trio-anyio":
+        pytest.skip("there a run is started with run_workflow, and its step waits for it")
+    probe = Probe()
+    service = await rig.serve(Leaves(probe))
+    record = await rig.run()
+    assert (record.status, record.result) == ("completed", '"ended"')
+    await let_end(service, probe)
+
+
+@pytest.mark.anyio
+async def test_events_that_a_run_takes_no_more_are_not_asked_for_again_and_again(rig, monkeypatch):
+    class Counting:
+        pulls = 0
+
+        def __getattr__(self, name):
+            return getattr(rig.plane, name)
+
+        async def pull(self, *args):
+            self.pulls += 1
+            return await rig.plane.pull(*args)
+
+    monkeypatch.setattr(execution, "UNWINDING_TIME", 60.0)
+    probe, coordinator = Probe(), Counting()
+    service = await rig.serve(Ignores(probe), coordinator=coordinator)
+    task_id = await rig.submit()
+    await probe.wait_entered(1)
+    cancelled = service.executions[task_id]
+    await rig.plane.cancel(task_id)
+    await until(lambda: cancelled._ending == "cancel")
+    await rig.answer(task_id)
+    await until(lambda: coordinator.pulls > 1)
+    for _ in range(20):
+        await anyio.wait_all_tasks_blocked()
+    assert coordinator.pulls < 5
+    probe.open("work")
+    assert (await rig.result(task_id)).status == "cancelled"
+
+
+class Raises(Workflow):
+    """Its clean-up fails."""
+
+    def __init__(self, probe):
+        super().__init__(timeout=None)
+        self.probe = probe
+
+    @step
+    async def work(self, ev: StartEvent) -> StopEvent:
+        with self.probe.inside("work"):
+            try:
+                await self.probe.wait_open("work")
+            finally:
+                if "work" not in self.probe.opened:
+                    raise ValueError("no tidy llama")
+        return StopEvent(result="done")
+
+
+@pytest.mark.anyio
+@pytest.mark.promise("P2")
+async def test_a_clean_up_that_fails_does_not_fail_a_task_that_is_handed_back(rig):
+    probe = Probe()
+    service = await rig.serve(Raises(probe), drain_timeout=0)
+    task_id = await rig.submit()
+    await probe.wait_entered(1)
+    await rig.stop(service)
+    record = await rig.plane.get_task(task_id)
+    assert (record.status, record.attempts, record.event_count) == ("queued", 0, 0)
+    probe.open("work")
+    await rig.serve(Raises(probe))
+    assert (await rig.result(task_id)).result == '"done"'
+
+
+@pytest.mark.anyio
+async def test_a_clean_up_that_fails_after_the_deadline(rig):
+    probe = Probe()
+    await rig.serve(Raises(probe))
+    task_id = (await rig.plane.submit("svc", {}, timeout=0.05)).task_id
+    record = await rig.result(task_id)
+    assert (record.status, record.error.type) == ("timed_out", "TimeoutError")
+
+
 # The process
 
 PROGRAM = """
@@ -244,7 +379,7 @@ from llama_corral.services import execution
 from llama_corral.stores import SqlStore
 from llama_corral.supervision import drain_deadline
 
-execution.UNWINDING_TIME = 0.05
+execution.HAND_BACK_TIME = 0.05
 entered = threading.Event()
 
 class Stuck(Workflow):

@@ -214,7 +214,7 @@ class RunDriver(RunFamily):
             finally:
                 self._dismiss()
                 self._tasks.cancel_scope.cancel()
-                if self._working and self._hooks is not None:
+                if self._hooks is not None and (self._working or self._adopted or self._until_end):
                     self._hooks.on_unwinding()
         if self._until_end:
             await self._wait_children()

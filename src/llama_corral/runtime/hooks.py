@@ -23,8 +23,8 @@ class RunHooks:
         tasks, and from asyncio-flavoured code; it must neither wait nor create primitives of either library."""
 
     def on_unwinding(self) -> None:
-        """The run is over, or being cancelled, and steps of it are still at work: they have been cancelled, and `drive`
-        returns when the last of them has unwound. Called once, by the run's driver."""
+        """The run is over, or being cancelled, and steps of it, or runs that they started, are still at work: they have been
+        cancelled, and `drive` returns when the last of them has unwound. Called once, by the run's driver."""
 
     def on_idle(self) -> None:
         """No step is working: only an outside event or a timer can change that. Called once each time it happens."""

@@ -40,6 +40,8 @@ class Checkpointer:
         self._codec = codec
         self._fingerprint = fingerprint
         self._task_id = task_id
+        self.based_on = 0
+        """The version of the session's context that the run's state was made of."""
         self._progress = False
         self._due = time.monotonic() + CHECKPOINT_AGE
         self._cost = 0.0
@@ -82,7 +84,8 @@ class Checkpointer:
         if parts is None:
             return None
         context, held = parts
-        text = f'{{"context":{context},"held":{held}{LEFT_IDLE if left_idle else ""}}}'
+        more = LEFT_IDLE if left_idle else ""
+        text = f'{{"context":{context},"held":{held},"based_on":{self.based_on}{more}}}'
         if (size := size_of(text)) > CHECKPOINT_LIMIT:
             self._warn(f"its state takes {size} bytes, and a checkpoint at most {CHECKPOINT_LIMIT}")
             return None

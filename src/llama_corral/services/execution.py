@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Literal, Protocol, TypeGuard
 
@@ -21,20 +22,12 @@ import anyio.abc
 from workflows import Context, Workflow
 from workflows.events import Event, StartEvent, WorkflowFailedEvent
 
-from ..exceptions import (
-    BadInput,
-    MailboxFull,
-    NotFound,
-    RunClosed,
-    StateRefused,
-    TooLarge,
-    UsageError,
-    WorkflowChanged,
-)
+from ..exceptions import BadInput, NotFound, RunClosed, StateRefused, TooLarge, UsageError, WorkflowChanged
 from ..log_ids import log_task
 from ..protocol.records import Checkpoint, Claim, InboxEvent, ReportAnswer
 from ..runtime import Run, RunHooks, RunOptions, Slot, make_run
 from .checkpoints import Checkpointer, CheckpointPolicy
+from .inbox import Inbox
 from .outcome import Judge, Outcome
 from .reporter import Reporter, ReporterHost
 from .resuming import Beginner, OnChange, marker_of
@@ -44,8 +37,10 @@ logger = logging.getLogger(__name__)
 
 Ending = Literal["cancel", "release", "leave", "lost"]
 
-UNWINDING_TIME: Final = 2.0
-"""Seconds that steps get to end once they are cancelled, before their task ends or is handed back without them."""
+UNWINDING_TIME: Final = 10.0
+"""Seconds that steps get to end once they are cancelled, before their task ends without them."""
+HAND_BACK_TIME: Final = 2.0
+"""The same where the task is handed back or the service is over: what waits then is a stop."""
 
 
 class ExecutionHost(ReporterHost, Protocol):
@@ -82,12 +77,12 @@ class TaskExecution(RunHooks):
         self.claim = claim
         self.slot = slot
         self.idle = False
-        self.inbox_read = 0
         self.error: BaseException | None = None
         self.finished = anyio.Event()
         """The task is not in hand any more. A step that does not end may still hold the slot."""
         self.reporter = Reporter(host, claim, self.lose)
         self._host = host
+        self._inbox = Inbox(host, claim, self)
         self._judge = Judge(claim, host.codec, host.fingerprint, host.debug)
         self._checkpointer = Checkpointer(host.checkpoints, host.codec, host.fingerprint, claim.task_id)
         self._run: Run | None = None
@@ -98,12 +93,16 @@ class TaskExecution(RunHooks):
         self._wake_at: float | None = None
         self._release_when_idle = False
         self._failed_step: str | None = None
+        self._raised_late = False
         self._unwound = anyio.Event()
+        self._patience: anyio.CancelScope | None = None
+        self._is_hurried = False
         self._settled: anyio.Event | None = None
-        # The forwarder: whether it runs, has to look once more, and waits for the run to take some events first.
-        self._pulling = False
-        self._pull_again = False
-        self._mailbox_full = False
+
+    @property
+    def inbox_read(self) -> int:
+        """The highest seq of an outside event that the run has."""
+        return self._inbox.read
 
     # What the run asks and says (RunHooks)
 
@@ -115,8 +114,7 @@ class TaskExecution(RunHooks):
             await self.slot.ensure()
         if self.idle:
             self._end_idleness()
-        if self._mailbox_full:  # a step starts because its event was taken
-            self.wake()
+        self._inbox.step_starts()
 
     def _end_idleness(self) -> None:
         self.idle = False
@@ -127,7 +125,10 @@ class TaskExecution(RunHooks):
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, WorkflowFailedEvent):
-            self._failed_step = event.step_name
+            if self._scope.cancel_called:  # its own clean-up failed, and it is being done with
+                self._raised_late = True
+            else:
+                self._failed_step = event.step_name
         self.reporter.add(event)
 
     def on_step_done(self) -> None:
@@ -158,10 +159,7 @@ class TaskExecution(RunHooks):
 
     def wake(self) -> None:
         """Something changed about the task: pull its inbox and its cancel flag."""
-        self._pull_again = True
-        if self._tasks is not None and not self._pulling:
-            self._pulling = True
-            self._tasks.start_soon(self._forward_inbox, name=f"forwarder of task {self.claim.task_id}")
+        self._inbox.wake()
 
     def send(self, event: Event) -> None:
         """Hand an outside event to the run directly. Raises NotFound where there is no run to take it."""
@@ -179,14 +177,20 @@ class TaskExecution(RunHooks):
                 self._scope.cancel()
 
     def release(self) -> None:
-        """Hand the task back with what it has reached."""
+        """Hand the task back with what it has reached. One that is ending gets little time for it from now on."""
+        self._hurry()
         if self._ending is None:
             self._ending = "release"
             # Now, and not when the run has unwound: what its steps do about their cancellation is no part of it.
             if self._is_driven(self._run):
                 self._checkpoint = self._checkpointer.on_leave(self._run, self.inbox_read)
-            self.reporter.cut()
-            self._scope.cancel()
+            self._close_up()
+
+    def _close_up(self) -> None:
+        """What the run does and gets from now on is no part of what is handed back."""
+        self._inbox.close()
+        self.reporter.cut()
+        self._scope.cancel()
 
     def release_when_idle(self) -> None:
         """Hand the task back now if it waits, or when it next does."""
@@ -200,7 +204,10 @@ class TaskExecution(RunHooks):
         run, sweeper = self._run, self._host.sweeper
         if sweeper is None or self._ending is not None or not self.idle or not self._is_driven(run):
             return False
-        if not run.is_at_rest or self._pulling or self._mailbox_full:
+        if not run.is_at_rest or self._inbox.is_busy:
+            return False
+        # Where the coordinator does not take its checkpoint, it would do again what it did, and ask again what it asked.
+        if self.reporter.has_checkpoint or self.reporter.refused_checkpoint:
             return False
         timer = run.next_timer
         if timer is not None and timer - self._host.now() <= sweeper.timeout:  # it would be back at once
@@ -209,9 +216,14 @@ class TaskExecution(RunHooks):
         if checkpoint is None:
             return False
         self._ending, self._checkpoint, self._wake_at = "leave", checkpoint, timer
-        self.reporter.cut()
-        self._scope.cancel()
+        self._close_up()
         return True
+
+    def _hurry(self) -> None:
+        if not self._is_hurried:
+            self._is_hurried = True
+            if self._patience is not None:
+                self._patience.deadline = min(self._patience.deadline, anyio.current_time() + HAND_BACK_TIME)
 
     def _is_driven(self, run: Run | None) -> TypeGuard[Run]:
         return run is not None and not run.is_done and self._tasks is not None
@@ -219,6 +231,7 @@ class TaskExecution(RunHooks):
     def lose(self) -> None:
         """Another owner has the task, or it is gone: stop, report nothing."""
         self._ending = "lost"
+        self._hurry()
         self.reporter.settled = True
         self._scope.cancel()
 
@@ -252,35 +265,34 @@ class TaskExecution(RunHooks):
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
                 try:
-                    self._feed(events)
-                    if self._pull_again:  # a wake-up that was faster than the claim's answer
-                        self.wake()
+                    if self._ending is None:
+                        self._inbox.open(run, tasks, events)
                     await run.drive()
                 finally:
+                    self._inbox.close()
                     self._tasks = None  # from here on the group may be closed at any moment
                     tasks.cancel_scope.cancel()
         return None
 
-    def _begin(self) -> tuple[Run, tuple[InboxEvent, ...]]:
-        """The run, and the outside events that it gets first."""
+    def _begin(self) -> tuple[Run, tuple[InboxEvent, ...] | None]:
+        """The run, and the outside events that it gets first; None where they have to be pulled."""
         claim, codec, host = self.claim, self._host.codec, self._host
         arguments = json.loads(claim.input)
         if not isinstance(arguments, dict):
             raise BadInput("the start arguments are not a JSON object")
-        make = partial(self._make_run, codec.start_event(arguments))
-        beginning = Beginner(codec, host.fingerprint, host.on_change, make, host.now()).begin(claim)
+        start = partial(codec.start_event, arguments)
+        beginning = Beginner(codec, host.fingerprint, host.on_change, start, self._make_run, host.now()).begin(claim)
         marker = marker_of(claim, beginning)
         if marker is not None:
             self.reporter.begin(marker)
         self._run = beginning.run
-        self.inbox_read = beginning.inbox_read
-        if beginning.from_start:  # the claim has only what came after its checkpoint
-            self._pull_again = True
-            return beginning.run, ()
-        self._pull_again = self._pull_again or bool(claim.inbox)  # there may be more of them
-        return beginning.run, claim.inbox
+        self._checkpointer.based_on = beginning.based_on
+        self._judge = replace(self._judge, based_on=beginning.based_on)
+        self._inbox.read = beginning.inbox_read
+        # Where its checkpoint is not used, the claim lacks what came before it.
+        return beginning.run, None if beginning.from_start else claim.inbox
 
-    def _make_run(self, start_event: StartEvent, context: Context[Any] | None) -> Run:
+    def _make_run(self, start_event: StartEvent | None, context: Context[Any] | None) -> Run:
         return make_run(
             self._host.workflow,
             start_event=start_event,
@@ -294,7 +306,7 @@ class TaskExecution(RunHooks):
 
     async def _settle_without_steps(self) -> None:
         """End the task, or hand it back, where its steps do not end in time. They go on, and nobody hears of it."""
-        with anyio.move_on_after(UNWINDING_TIME):
+        with anyio.move_on_after(HAND_BACK_TIME if self._is_hurried else UNWINDING_TIME) as self._patience:
             await self._unwound.wait()
         if self._unwound.is_set() or self._run is None:
             return
@@ -331,9 +343,12 @@ class TaskExecution(RunHooks):
         """The outcome of the run; None where the task is to be handed back."""
         run = self._run
         assert run is not None
-        if self._ending in ("release", "leave") and self._failed_step is None and _was_closed(run):
+        handed_back = self._ending in ("release", "leave") and self._failed_step is None
+        if handed_back and (self._raised_late or _was_closed(run)):
             return None
         overdue = self._scope.cancel_called and self._ending is None
+        if self._raised_late:
+            return self._judge.timed_out() if overdue else self._judge.cancelled()
         return self._judge.ended_run(run, failed_step=self._failed_step, timed_out=overdue)
 
     def _let_go(self) -> None:
@@ -341,53 +356,6 @@ class TaskExecution(RunHooks):
             self._host.sweeper.discard(self)
         self._host.forget(self)
         self.finished.set()
-
-    # Outside events
-
-    def _feed(self, events: tuple[InboxEvent, ...]) -> None:
-        """Hand events to the run, in order, up to the first one for which it has no room."""
-        assert self._run is not None
-        if self._ending is not None:  # it is not in the checkpoint
-            return
-        self._mailbox_full = False
-        for event in events:
-            if event.seq <= self.inbox_read:
-                continue
-            before, self.inbox_read = self.inbox_read, event.seq  # a snapshot that is made meanwhile has the event
-            try:
-                self._run.send_event(self._host.codec.decode_event(event.payload))
-            except MailboxFull:
-                self._mailbox_full = True  # before_step asks again: by then the run has taken some
-                self.inbox_read = before
-                return
-            except BadInput as exc:
-                logger.warning("task %s: an outside event is skipped: %s", self.claim.task_id, exc)
-            except RunClosed:
-                self.inbox_read = before
-                return
-
-    async def _forward_inbox(self) -> None:
-        try:
-            while self._pull_again:
-                self._pull_again = False
-                task_id, epoch = self.claim.task_id, self.claim.epoch
-                pull = partial(self._host.coordinator.pull, task_id, epoch, self.inbox_read)
-                try:
-                    page = await self._host.ask(pull, f"pull the events of task {task_id}")
-                except UsageError as exc:  # it will be refused every time; a wake-up asks once more
-                    logger.error("the events of task %s cannot be pulled: %s", task_id, exc)
-                    return
-                if page.status != "ok":
-                    self.lose()
-                    return
-                if page.cancel_requested:
-                    self.cancel()
-                self._feed(page.events)
-                # What came after the page was read, or did not fit into it. A full mailbox waits for a step.
-                if page.events and self.inbox_read < page.head and not self._mailbox_full:
-                    self._pull_again = True
-        finally:
-            self._pulling = False
 
     # Handing back
 

@@ -35,12 +35,14 @@ class Judge:
 
     Args:
         debug: Keep tracebacks in the records.
+        based_on: The version of the session's context that the run's state was made of; 0: none was stored.
     """
 
     claim: Claim
     codec: WorkflowCodec
     fingerprint: str
     debug: bool
+    based_on: int = 0
 
     def ended_run(self, run: Run, *, failed_step: str | None, timed_out: bool) -> Outcome:
         """The outcome of a run that is over, or that was closed and has steps which do not end. `timed_out`: its scope was
@@ -80,8 +82,7 @@ class Judge:
         payload = self.codec.encode_context(run.context)
         if (size := size_of(payload)) > CONTEXT_LIMIT:
             raise TooLarge(f"the context takes {size} bytes, and may take {CONTEXT_LIMIT}")
-        based_on = self.claim.context.version if self.claim.context is not None else 0
-        return ContextUpdate(based_on, payload, self.fingerprint)
+        return ContextUpdate(self.based_on, payload, self.fingerprint)
 
     def failed(self, exc: BaseException, step: str | None = None, *, retryable: bool = False) -> Outcome:
         logger.error("task %s failed: %s: %s", self.claim.task_id, type(exc).__name__, text_of(exc))

@@ -66,6 +66,8 @@ class Reporter:
         """Nothing more is to be reported: the ending is stored, or the task is not ours."""
         self.retry_at: float | None = None
         """The ending was a failure after which the task is tried again, from that time on."""
+        self.refused_checkpoint = False
+        """The latest checkpoint was too large for the coordinator."""
         self.waiting = False
         """Whether the run waits; told with the next report."""
         self._waiting_told = False
@@ -90,6 +92,13 @@ class Reporter:
     @property
     def _not_stored(self) -> int:
         return len(self._events) + (len(self._unanswered.events) if self._unanswered is not None else 0)
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether a checkpoint waits to be stored."""
+        return self._checkpoint is not None or (
+            self._unanswered is not None and self._unanswered.checkpoint is not None
+        )
 
     def begin(self, marker: EventRecord) -> None:
         """Start the first report with an event of ours."""
@@ -145,9 +154,7 @@ class Reporter:
 
     async def wait_checkpoint(self) -> None:
         """Return when no checkpoint waits to be stored."""
-        while self._checkpoint is not None or (
-            self._unanswered is not None and self._unanswered.checkpoint is not None
-        ):
+        while self.has_checkpoint:
             self.want_flush()
             await self._flushed.wait()
 
@@ -228,6 +235,8 @@ class Reporter:
             self._tell_flushed()
             return
         self._unanswered = None
+        if report.checkpoint is not None:
+            self.refused_checkpoint = False
         if report.waiting is not None:
             self._waiting_told = report.waiting
         self._tell_flushed()
@@ -250,6 +259,7 @@ class Reporter:
         self._sequence -= 1
         events, terminal = list(report.events), report.terminal
         if report.checkpoint is not None:
+            self.refused_checkpoint = True
             logger.warning("a checkpoint of task %s is too large for the coordinator", report.task_id)
         elif terminal is not None and events:
             self._apart = True

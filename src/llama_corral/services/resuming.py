@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from workflows import Context
 from workflows.errors import WorkflowValidationError
+from workflows.events import StartEvent
 
 from ..exceptions import FlavourError, StateRefused, WorkflowChanged
 from ..protocol.records import Checkpoint, Claim, EventRecord
@@ -39,12 +40,14 @@ _HINT = (
 class Beginning:
     """A run that is made and not yet driven, and what goes with it.
 
-    `inbox_read`: the seq up to which outside events are part of it. `from_start`: it begins where the task did although
-    a checkpoint is stored, so that the claim lacks outside events that were part of that one.
+    `inbox_read`: the seq up to which outside events are part of it. `based_on`: the version of the session's context that
+    its state was made of. `from_start`: it begins where the task did although a checkpoint is stored, so that the claim
+    lacks outside events that were part of that one.
     """
 
     run: Run
     inbox_read: int = 0
+    based_on: int = 0
     from_start: bool = False
     from_index: int = 0
     dropped: list[str] = field(default_factory=list)
@@ -60,14 +63,16 @@ class Beginner:
     """Makes the runs of claimed tasks.
 
     Args:
-        make: Makes the run, with a context to start or go on with.
+        start: Makes the start event; raises where the workflow refuses it. A run that goes on needs none.
+        make: Makes the run, with a start event and a context to start with, or a context to go on with.
         now: Seconds since the epoch.
     """
 
     codec: WorkflowCodec
     fingerprint: str
     on_change: OnChange
-    make: Callable[[Context[Any] | None], Run]
+    start: Callable[[], StartEvent]
+    make: Callable[[StartEvent | None, Context[Any] | None], Run]
     now: float
 
     def begin(self, claim: Claim) -> Beginning:
@@ -76,33 +81,35 @@ class Beginner:
         Raises:
             StateRefused: the store found that what it has of the task is not what was put there.
             WorkflowChanged: it does not fit the workflow any more, and is not to be dropped.
-            What making a run raises.
+            What making a start event or a run raises.
         """
         if claim.state_error is not None:
             raise StateRefused(claim.state_error)
         dropped: list[str] = []
         reason = None
+        based_on = 0 if claim.context is None else claim.context.version
         if claim.checkpoint is not None:
             try:
-                return self._from_checkpoint(claim.checkpoint)
+                return self._from_checkpoint(claim.checkpoint, based_on)
             except _Misfit as misfit:
                 reason = self._drop(claim, "checkpoint", misfit)
                 dropped.append("checkpoint")
-        run = None
+        run, start = None, self.start()
         if claim.context is not None:
             try:
-                run = self._from_context(claim.context.payload, claim.context.fingerprint)
+                run = self._from_context(start, claim.context.payload, claim.context.fingerprint)
             except _Misfit as misfit:
                 reason = self._drop(claim, "context", misfit)
                 dropped.append("context")
         return Beginning(
-            self.make(None) if run is None else run,
+            self.make(start, None) if run is None else run,
+            based_on=based_on,
             from_start=claim.checkpoint is not None,
             dropped=dropped,
             reason=reason,
         )
 
-    def _from_checkpoint(self, checkpoint: Checkpoint) -> Beginning:
+    def _from_checkpoint(self, checkpoint: Checkpoint, stored_version: int) -> Beginning:
         changed = self._has_changed(checkpoint.fingerprint)
         if changed and self.on_change != "resume":
             raise _Misfit("its steps, their events or its state have other names")
@@ -110,22 +117,24 @@ class Beginner:
         context, held = self._decoded(lambda: (snapshot["context"], snapshot["held"]))
         if snapshot.get("left_idle"):
             self._decoded(lambda: self._count_absence(context))
-        run = self._decoded(lambda: self.make(self.codec.context_of(context)))
+        # Others of the session may have saved theirs since.
+        based_on = self._decoded(lambda: int(snapshot.get("based_on", stored_version)))
+        run = self._decoded(lambda: self.make(None, self.codec.context_of(context)))
         if changed and (found := misfits(run, context)):
             raise _Misfit("; ".join(found))
         for event in self._decoded(lambda: [self.codec.decode_event(payload) for payload in held]):
             run.send_event(event)
-        return Beginning(run, checkpoint.inbox_applied, from_index=checkpoint.event_count)
+        return Beginning(run, checkpoint.inbox_applied, based_on, from_index=checkpoint.event_count)
 
     def _count_absence(self, context: dict[str, Any]) -> None:
         """For its workflow's timeout a run that left memory only because it waited has been waiting all the time."""
         if context["last_alive_stamp"] is not None:
             context["elapsed_alive"] += max(0.0, self.now - context["last_alive_stamp"])
 
-    def _from_context(self, payload: str, fingerprint: str | None) -> Run:
+    def _from_context(self, start: StartEvent, payload: str, fingerprint: str | None) -> Run:
         if self.on_change == "fail" and self._has_changed(fingerprint):
             raise _Misfit("its steps, their events or its state have other names")
-        return self._decoded(lambda: self.make(self.codec.decode_context(payload)))
+        return self._decoded(lambda: self.make(start, self.codec.decode_context(payload)))
 
     def _has_changed(self, fingerprint: str | None) -> bool:
         return fingerprint is not None and fingerprint != self.fingerprint
