@@ -205,7 +205,8 @@ class Coordinator(ABC):
 
     @abstractmethod
     async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage:
-        """Outside events with a seq greater than `after`, and the cancel flag."""
+        """Outside events with a seq greater than `after`, and the cancel flag. If `head` is behind the last of them, there
+        are more."""
 
 
 class Store(ABC):
@@ -273,7 +274,8 @@ class Store(ABC):
     @abstractmethod
     async def merge_state(self, session_id: str, changes: Mapping[str, Any]) -> SessionRecord | None:
         """Update the top-level keys of the user state, as dict.update would, and count its version up. None: no such
-        session. Merging happens in the transaction: concurrent merges of different keys all stand."""
+        session. Merging happens in the transaction: concurrent merges of different keys all stand. The answer names no
+        tasks."""
 
     @abstractmethod
     async def delete_session(self, session_id: str) -> DeletedSession | None:
@@ -337,8 +339,9 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def expire(self, now: float) -> list[SendAnswer]:
-        """End open tasks that nobody owns and whose deadline has passed, as timed_out. Owned ones are their owner's."""
+    async def expire(self, now: float, *, limit: int = 500) -> list[SendAnswer]:
+        """End up to `limit` open tasks that nobody owns and whose deadline has passed, as timed_out. Owned ones are their
+        owner's. Fewer than `limit`: no others are overdue."""
 
     @abstractmethod
     async def send(self, task_id: str, payload: str, now: float) -> SendAnswer:
@@ -349,7 +352,8 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage: ...
+    async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage:
+        """The next outside events, some hundreds at most: if `head` is behind the last of them, there are more."""
 
     @abstractmethod
     async def reap(self, dead_instances: Sequence[str], now: float) -> list[Ticket]:
@@ -389,8 +393,9 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def wake(self, now: float) -> list[Ticket]:
-        """Queue the waiting tasks without an owner whose `wake_at` has come."""
+    async def wake(self, now: float, *, limit: int = 500) -> list[Ticket]:
+        """Queue up to `limit` of the waiting tasks without an owner whose `wake_at` has come, first what came first. Fewer
+        than `limit`: there are no others."""
 
     @abstractmethod
     async def next_due(self, now: float) -> float | None:

@@ -8,6 +8,7 @@ from typing import Any
 import anyio
 import pytest
 
+from llama_corral.control_plane import upkeep
 from llama_corral.exceptions import BadInput, Conflict, NotFound
 from llama_corral.protocol.lifecycle import TaskStatus
 from llama_corral.protocol.messages import ActionTypes, QueueMessage, ServiceDefinition, TaskDefinition, TaskResult
@@ -118,6 +119,38 @@ async def test_cancelling_and_timing_out_do_not_wait_for_the_service(corral: Cor
     record = await corral.plane.wait_result(task_id, 5)
     assert record is not None
     assert record.status is TaskStatus.TIMED_OUT
+
+
+@pytest.mark.promise("P1")
+async def test_a_deadline_is_seen_behind_any_number_of_newer_tasks(
+    corral: Corral, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "MESSAGES_PAGE", 2)
+    task_id = await start(corral, timeout=0.1)
+    for _ in range(4):
+        await start(corral)
+    record = await corral.plane.wait_result(task_id, 5)
+    assert record is not None
+    assert record.status is TaskStatus.TIMED_OUT
+
+
+@pytest.mark.promise("P2", "P5")
+async def test_a_task_that_starts_later_is_published_once() -> None:
+    async with open_corral() as corral:
+        await corral.plane.services.define(ServiceDefinition(service_name="old"))
+        accepted = await corral.plane.submit("old", {}, delay=0.05)
+        assert (await corral.message("old")).data["task_id"] == accepted.task_id
+        await anyio.wait_all_tasks_blocked()
+        assert (await corral.plane.get_task(accepted.task_id)).status is TaskStatus.RUNNING
+
+
+async def test_a_dead_letter_that_is_no_unicode_is_kept_too(corral: Corral) -> None:
+    data = {"topic": "a\ud800", "reason": "b\ud800", "message": {"task_id": "c\ud800"}}
+    await corral.queue.publish(QueueMessage(type="any", data=data), corral.topic("dead_letter"))
+    await corral.queue.publish(QueueMessage(type="any", data={}), corral.topic("control_plane"))
+    await anyio.wait_all_tasks_blocked()
+    _, letter = await corral.plane.list_dead_letters()
+    assert (letter.topic, letter.reason, letter.message) == ("a?", "b?", '{"task_id": "c?"}')
 
 
 async def test_an_outside_event_is_forwarded_as_a_message(corral: Corral) -> None:

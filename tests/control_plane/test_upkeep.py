@@ -11,14 +11,16 @@ from typing import Any
 import anyio
 import pytest
 
-from llama_corral.control_plane import upkeep
+from llama_corral.control_plane import ControlPlane, ControlPlaneConfig, upkeep
 from llama_corral.control_plane.alarm import Alarm
 from llama_corral.control_plane.leases import Leases
-from llama_corral.exceptions import Conflict
+from llama_corral.exceptions import Conflict, StoreUnavailable
 from llama_corral.protocol.lifecycle import TaskStatus
 from llama_corral.protocol.messages import ServiceDefinition
 from llama_corral.protocol.records import HeldTask, InstanceRecord
 from llama_corral.queues.memory import MemoryMessageQueue
+from llama_corral.stores import SqlStore
+from llama_corral.testing import FaultyStore
 
 from .corral import Corral, open_corral
 
@@ -107,10 +109,54 @@ def test_leases_judge_by_movement_on_one_clock() -> None:
         return InstanceRecord(name, "svc", 1, started_at=5.0, heartbeat=heartbeat)
 
     assert leases.dead([instance("a", 7), instance("b", 3)], now=100) == []
+    for now in (103, 106, 109):
+        assert leases.dead([instance("a", 7), instance("b", 3)], now=now) == []
     assert leases.dead([instance("a", 7), instance("b", 4)], now=110) == []
     assert leases.dead([instance("a", 7), instance("b", 4)], now=110.1) == ["a"]
-    assert leases.dead([instance("b", 4), instance("c", 0)], now=119) == []
-    assert leases.dead([instance("a", 7)], now=500) == []  # back again: looked at for the first time
+    assert leases.dead([instance("b", 4), instance("c", 0)], now=113) == []
+    assert leases.dead([instance("a", 7)], now=116) == []  # back again: looked at for the first time
+
+
+@pytest.mark.promise("P2")
+def test_who_stood_still_itself_does_not_take_others_for_dead() -> None:
+    """A stopped process, a machine that slept: the heartbeats of that time wait in its sockets."""
+    leases = Leases(20)
+    worker = InstanceRecord("w", "svc", 1, started_at=5.0, heartbeat=7)
+    for now in (100, 105, 109, 300, 304):
+        assert leases.dead([worker], now=now) == []
+    assert leases.dead([worker], now=309) == ["w"]  # nothing has come since
+
+
+@pytest.mark.promise("P2")
+def test_a_heartbeat_that_could_not_be_stored_is_a_sign_of_life() -> None:
+    leases = Leases(10)
+    worker = InstanceRecord("w", "svc", 1, started_at=5.0, heartbeat=7)
+    for now in (100, 103, 106, 109):
+        assert leases.dead([worker], now=now) == []
+    leases.heard("w", 110)
+    leases.heard("stranger", 110)
+    for now in (112, 115, 118, 120):
+        assert leases.dead([worker], now=now) == []
+    assert leases.dead([worker], now=120.1) == ["w"]
+
+
+@pytest.mark.promise("P2")
+async def test_workers_do_not_lose_their_tasks_to_a_full_disk() -> None:
+    """They beat all the time, and nothing that they say can be stored."""
+    store = FaultyStore(SqlStore("sqlite://"))
+    config = ControlPlaneConfig(topic_namespace="test", lease=0.6)
+    async with store, MemoryMessageQueue() as queue, ControlPlane(store, queue, config=config, alone=True) as plane:
+        corral = Corral(store.inner, queue, plane)  # type: ignore[arg-type]
+        claim = await corral.elsewhere("far", await corral.service(register=False))
+        store.disk_full = True
+        over = anyio.current_time() + 2 * config.lease
+        while anyio.current_time() < over:
+            with pytest.raises(StoreUnavailable):
+                await plane.heartbeat("svc-instance", [HeldTask(claim.task_id, claim.epoch)])
+            await anyio.sleep(config.lease / 20)
+        store.disk_full = False
+        await anyio.sleep(config.lease / 2)  # the reaper has looked again, and no heartbeat has come yet
+        assert (await plane.get_task(claim.task_id)).owner == "svc-instance"
 
 
 @pytest.mark.promise("P2")

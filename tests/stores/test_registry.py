@@ -62,6 +62,8 @@ async def test_concurrent_merges_of_the_state_all_stand(driver) -> None:
     assert record.version == 20
     assert await driver.store.merge_state("s", {"old": "é"}) == await driver.store.get_session("s")
     assert await driver.store.merge_state("z", {}) is None
+    await driver.accept("t", "s")
+    assert (await driver.store.merge_state("s", {})).task_ids == ()  # a long session costs the writer nothing
 
 
 @pytest.mark.promise("P9")

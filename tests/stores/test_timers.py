@@ -34,6 +34,19 @@ async def test_a_run_that_left_memory_comes_back_for_its_timer(driver) -> None:
     assert (await driver.claim("a", by="j")).checkpoint.snapshot == "s"
 
 
+@pytest.mark.promise("P1", "P2")
+async def test_very_many_that_are_due_end_and_wake_in_portions(driver) -> None:
+    """One unit for all of them would keep everybody else's writes waiting for seconds."""
+    await driver.session()
+    for number in range(5):
+        await fall_asleep(driver, f"asleep{number}", 5.0 + number / 10)
+        await driver.accept(f"line{number}", "s", deadline=5.0 - number / 10)
+    ended = [[answer.task_id for answer in await driver.store.expire(6.0, limit=2)] for _ in range(4)]
+    assert ended == [["line4", "line3"], ["line2", "line1"], ["line0"], []]
+    woken = [[ticket.task_id for ticket in await driver.store.wake(6.0, limit=2)] for _ in range(4)]
+    assert woken == [["asleep0", "asleep1"], ["asleep2", "asleep3"], ["asleep4"], []]
+
+
 async def test_a_timer_that_is_due_already_queues_at_once(driver) -> None:
     await driver.accept("t", by="i")
     answer = await driver.store.release("t", 1, Checkpoint("s", 0), 3.0, idle=True, wake_at=3.0)

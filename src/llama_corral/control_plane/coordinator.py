@@ -9,6 +9,7 @@ from dataclasses import replace
 import anyio
 
 from ..abc import Coordinator, LocalService, Store
+from ..exceptions import Unavailable
 from ..protocol.records import (
     Checkpoint,
     Claim,
@@ -27,7 +28,7 @@ from ..protocol.records import (
 from . import checks
 from .config import ControlPlaneConfig
 from .effects import Effects
-from .leases import Strays
+from .leases import Leases, Strays
 from .registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class StoreCoordinator(Coordinator):
         self._effects = effects
         self._now = now
         self._strays = Strays(config.heartbeat_interval)
+        self._leases = Leases(config.lease)
 
     async def register(self, info: ServiceInfo, local: LocalService | None = None) -> Registration:
         checks.check_id(info.service_name, "service_name")
@@ -103,7 +105,11 @@ class StoreCoordinator(Coordinator):
         return answer
 
     async def heartbeat(self, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:
-        answer = await self._store.heartbeat(instance_id, held)
+        try:
+            answer = await self._store.heartbeat(instance_id, held)
+        except Unavailable:
+            self._leases.heard(instance_id, anyio.current_time())
+            raise
         lost = self._strays.lost(instance_id, answer.strays, anyio.current_time())
         if lost:
             await self._reclaim(instance_id, lost)

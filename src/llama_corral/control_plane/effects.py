@@ -237,7 +237,7 @@ class Effects:
         )
         await self._publish_task(definition)
         # After the publishing: a crash in between publishes twice, the other order would lose the task.
-        await self._store.claim(messages_claim(ticket.task_id, record.created_at))
+        await self._store.claim(messages_claim(ticket.task_id, self._now()))
 
     async def _publish_task(self, definition: TaskDefinition) -> None:
         assert definition.agent_id is not None

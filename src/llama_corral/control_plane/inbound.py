@@ -106,7 +106,12 @@ def parse_letter(message: QueueMessage, topic: str, now: float) -> DeadLetter:
         letter = Letter(
             topic=topic, reason="It is no envelope of a dead letter.", message=message.model_dump(mode="json")
         )
-    text = json.dumps(letter.raw if letter.message is None else letter.message, ensure_ascii=False)
+    text = _storable(json.dumps(letter.raw if letter.message is None else letter.message, ensure_ascii=False))
     if len(text) > MAX_RAW_CHARACTERS:
         text = json.dumps(text[:MAX_RAW_CHARACTERS], ensure_ascii=False)
-    return DeadLetter(letter.topic[:MAX_NAME], letter.reason[:MAX_REASON], text, now)
+    return DeadLetter(_storable(letter.topic[:MAX_NAME]), _storable(letter.reason[:MAX_REASON]), text, now)
+
+
+def _storable(text: str) -> str:
+    """Without lone surrogates, which no store and no answer takes: whatever came, a person is to see it."""
+    return text.encode("utf-8", errors="replace").decode()

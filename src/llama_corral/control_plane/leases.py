@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from ..protocol.records import HeldTask, InstanceRecord
@@ -11,21 +12,34 @@ class Leases:
     """Remembers when each instance's heartbeat counter was last seen to move.
 
     The first look at an instance counts as a movement, so nobody is judged before one full lease has passed since this
-    process began to look.
+    process began to look. Of the time between two looks a third of a lease counts at most: if more has passed, it was this
+    process that stood still, and heartbeats may have waited outside.
     """
 
     def __init__(self, lease: float) -> None:
         self._lease = lease
         self._seen: dict[str, tuple[tuple[int, float], float]] = {}
+        self._looked = math.inf
+
+    def heard(self, instance_id: str, now: float) -> None:
+        """The instance lives, although the store could not count its heartbeat."""
+        before = self._seen.get(instance_id)
+        if before is not None:
+            self._seen[instance_id] = (before[0], now)
 
     def dead(self, instances: Iterable[InstanceRecord], now: float) -> list[str]:
         """Look at all instances; those that were silent for longer than the lease are returned."""
         seen: dict[str, tuple[tuple[int, float], float]] = {}
+        stood_still = max(0.0, now - self._looked - self._lease / 3)
+        self._looked = now
         for instance in instances:
             # A restart under the same id sets the counter back: that moves it too.
             counter = (instance.heartbeat, instance.started_at)
             before = self._seen.get(instance.instance_id)
-            seen[instance.instance_id] = before if before is not None and before[0] == counter else (counter, now)
+            if before is None or before[0] != counter:
+                seen[instance.instance_id] = (counter, now)
+            else:
+                seen[instance.instance_id] = (counter, min(now, before[1] + stood_still))
         self._seen = seen
         return [instance_id for instance_id, (_, moved) in seen.items() if now - moved > self._lease]
 

@@ -104,7 +104,7 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         self.queue = queue
         self._alone = alone
         self._reports = MessageReports(store, self._effects, now)
-        self._upkeep = Upkeep(store, queue, registry, self._effects, self._reports, config, now)
+        self._upkeep = Upkeep(store, queue, registry, self._effects, self._reports, self._leases, config, now)
         self._acceptance = Acceptance(store, registry, self._effects, config, now)
         self._inbound = Inbound(queue, config.topic_namespace, self._effects.publisher_id, self.process_message)
         self._dead_letters = DeadLetters(store, queue, config.topic_namespace, now)

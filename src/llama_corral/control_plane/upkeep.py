@@ -7,12 +7,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Final
 
 import anyio
 
 from ..abc import MessageQueue, Store
-from ..exceptions import QueueUnavailable, Unavailable
+from ..exceptions import NotFound, QueueUnavailable, Unavailable
 from ..protocol import topics
 from ..protocol.lifecycle import TaskStatus
 from ..protocol.messages import ActionTypes
@@ -30,6 +31,8 @@ PORTION: Final = 5_000
 BACKLOG_INTERVAL: Final = 1.0
 MESSAGES_PAGE: Final = 1_000
 PURGE_BATCH: Final = 200
+DUE_BATCH: Final = 500
+"""Tasks that one unit of the store ends or wakes: others are to get their turn in between."""
 ALARM_GAP: Final = 0.02
 FIRST_RETRY: Final = 0.5
 
@@ -44,6 +47,7 @@ class Upkeep:
         registry: Registry,
         effects: Effects,
         reports: MessageReports,
+        leases: Leases,
         config: ControlPlaneConfig,
         now: Callable[[], float],
     ) -> None:
@@ -52,6 +56,7 @@ class Upkeep:
         self._registry = registry
         self._effects = effects
         self._reports = reports
+        self._leases = leases
         self._config = config
         self._now = now
         self._looked: float | None = None
@@ -97,10 +102,8 @@ class Upkeep:
             due: The moment that the alarm was set to. It may lie before the last look: clocks are set back.
         """
         now = self._now()
-        with anyio.CancelScope(shield=True):
-            for answer in await self._store.expire(now):
-                self._effects.answered(answer, "timed_out")
-            self._effects.tickets(await self._store.wake(now))
+        await self._expire(now)
+        await self._wake(now)
         if self._looked is not None:
             since = min(self._looked if self._looked <= now else 0.0, math.nextafter(due, 0.0))
             tickets = await self._store.due_tickets(limit=PORTION, now=now, since=since)
@@ -111,17 +114,46 @@ class Upkeep:
         await self._expire_messages_only()
         self._effects.alarm.add(await self._store.next_due(now))
 
+    async def _expire(self, now: float) -> None:
+        count = DUE_BATCH
+        while count == DUE_BATCH:
+            with anyio.CancelScope(shield=True):
+                answers = await self._store.expire(now, limit=DUE_BATCH)
+                for answer in answers:
+                    self._effects.answered(answer, "timed_out")
+            count = len(answers)
+
+    async def _wake(self, now: float) -> None:
+        count = DUE_BATCH
+        while count == DUE_BATCH:
+            with anyio.CancelScope(shield=True):
+                tickets = await self._store.wake(now, limit=DUE_BATCH)
+                self._effects.tickets(tickets)
+            count = len(tickets)
+
     async def _expire_messages_only(self) -> None:
         # Their services do not know about deadlines, and we are the owner.
         for name in list(self._registry.messages_only()):
-            which = TaskFilter((TaskStatus.RUNNING, TaskStatus.WAITING), service_name=name, limit=MESSAGES_PAGE)
-            for record in await self._store.list_tasks(which):
+            try:
+                await self._expire_messages_of(name)
+            except NotFound:
+                logger.debug("a task was deleted while those of %s were looked at; the next look goes on", name)
+
+    async def _expire_messages_of(self, service_name: str) -> None:
+        which = TaskFilter((TaskStatus.RUNNING, TaskStatus.WAITING), service_name=service_name, limit=MESSAGES_PAGE)
+        more = True
+        while more:
+            records = await self._store.list_tasks(which)
+            for record in records:
                 if record.deadline is None or record.owner != MESSAGES_INSTANCE:
                     continue
                 if record.deadline <= self._now():
                     await self._reports.end(record, TaskStatus.TIMED_OUT, "The task's deadline passed.")
                 else:
                     self._effects.alarm.add(record.deadline)
+            more = len(records) == MESSAGES_PAGE
+            if more:
+                which = replace(which, before=records[-1].task_id)
 
     async def backstop_forever(self) -> None:
         """Look every now and then, and soon after a message could not be published, for what should have happened."""
@@ -182,15 +214,14 @@ class Upkeep:
 
     async def reap_forever(self, *, alone: bool) -> None:
         """Queue again what dead instances hold. Those of this process live as long as it does."""
-        leases = Leases(self._config.lease)
         while True:
             try:
-                await self._reap(leases, alone=alone)
+                await self._reap(alone=alone)
             except Unavailable as error:
                 logger.warning("the reaper could not look: %s", error)
             await anyio.sleep(self._config.lease / 4)
 
-    async def _reap(self, leases: Leases, *, alone: bool) -> None:
+    async def _reap(self, *, alone: bool) -> None:
         local = self._registry.local_instances
         if not alone:
             # Other control planes judge our instances too.
@@ -200,7 +231,7 @@ class Upkeep:
         # Unregistered owners never beat: those that live register again within their lease.
         instances += [InstanceRecord(owner, "", 0, 0.0) for owner in await self._store.list_strangers()]
         spared = local | {MESSAGES_INSTANCE}
-        dead = leases.dead((each for each in instances if each.instance_id not in spared), anyio.current_time())
+        dead = self._leases.dead((each for each in instances if each.instance_id not in spared), anyio.current_time())
         if not dead:
             return
         with anyio.CancelScope(shield=True):

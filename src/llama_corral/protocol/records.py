@@ -165,6 +165,7 @@ class Claim:
 
     `next_index` is the index that the task's next event will get. `attempt` counts from 1. `state_error`: the stored
     context or checkpoint was changed, or belongs elsewhere, and was left out for that: the task is to fail with it.
+    `inbox`: the first outside events that the checkpoint does not have; `pull` gives those behind them.
     """
 
     task_id: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
@@ -50,15 +50,15 @@ class Inbox:
         """Whether something is on its way to the run."""
         return self._pulling or self._mailbox_full
 
-    def open(self, run: Run, tasks: anyio.abc.TaskGroup, events: Iterable[InboxEvent] | None) -> None:
+    def open(self, run: Run, tasks: anyio.abc.TaskGroup, events: Sequence[InboxEvent] | None) -> None:
         """The run takes events from now on, as long as the task group is open.
 
         Args:
-            events: What came with the claim; None where it has not all of them.
+            events: What came with the claim: the first ones, of which there may be more. None where those are missing.
         """
         self._run, self._tasks = run, tasks
         self._feed(events or ())
-        if self._pull_again or events is None:  # a wake-up that was faster than the claim's answer
+        if self._pull_again or events is None or events:  # a wake-up may have been faster than the claim's answer
             self.wake()
 
     def close(self) -> None:
@@ -77,7 +77,7 @@ class Inbox:
         if self._mailbox_full:
             self.wake()
 
-    def _feed(self, events: Iterable[InboxEvent]) -> None:
+    def _feed(self, events: Sequence[InboxEvent]) -> None:
         """Hand events to the run, up to the first one for which it has no room."""
         self._mailbox_full = False
         for event in events:

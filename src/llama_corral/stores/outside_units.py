@@ -22,9 +22,12 @@ def request_cancel(tx: Transaction, task_id: str, now: float) -> SendAnswer | Us
     return end_unowned(tx, state, TaskStatus.CANCELLED, CANCELLED_ERROR, now)
 
 
-def expire(tx: Transaction, now: float) -> list[SendAnswer]:
-    overdue = [TaskState._make(row) for row in tx.all(tx.sql.overdue, {"now": now})]
-    return [end_unowned(tx, state, TaskStatus.TIMED_OUT, TIMED_OUT_ERROR, now) for state in overdue]
+def expire(tx: Transaction, now: float, limit: int) -> list[SendAnswer]:
+    ended: list[SendAnswer] = []
+    for overdue in tx.sql.overdue.values():
+        states = map(TaskState._make, tx.all(overdue, {"now": now, "limit": limit - len(ended)}))
+        ended += [end_unowned(tx, state, TaskStatus.TIMED_OUT, TIMED_OUT_ERROR, now) for state in states]
+    return ended
 
 
 def send(tx: Transaction, task_id: str, payload: str, now: float) -> SendAnswer | UsageError:
@@ -46,9 +49,9 @@ def send(tx: Transaction, task_id: str, payload: str, now: float) -> SendAnswer 
     return SendAnswer(task_id, state.session_id, status, owner=owner, tickets=tickets, seq=seq)
 
 
-def wake(tx: Transaction, now: float) -> list[Ticket]:
+def wake(tx: Transaction, now: float, limit: int) -> list[Ticket]:
     tickets: list[Ticket] = []
-    for row in tx.all(tx.sql.waking, {"now": now}):
+    for row in tx.all(tx.sql.waking, {"now": now, "limit": limit}):
         state = TaskState._make(row)
         if tx.run(tx.sql.requeue_unowned, {"task_no": state.no}):
             tickets.append(state.ticket())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ..protocol.lifecycle import TaskStatus
 from ..protocol.messages import ErrorRecord
@@ -21,6 +21,8 @@ from ..protocol.records import (
 )
 from . import seals
 from .transaction import Row, Transaction
+
+INBOX_PAGE: Final = 500
 
 
 class TaskState(NamedTuple):
@@ -160,7 +162,9 @@ def put_checkpoint(
 
 
 def inbox_events(tx: Transaction, task_no: int, after: int) -> tuple[InboxEvent, ...]:
-    return tuple(InboxEvent(*row) for row in tx.all(tx.sql.read_inbox, {"task_no": task_no, "after": after}))
+    """The next ones, `INBOX_PAGE` at most."""
+    values = {"task_no": task_no, "after": after, "limit": INBOX_PAGE}
+    return tuple(InboxEvent(*row) for row in tx.all(tx.sql.read_inbox, values))
 
 
 def claim_answer(tx: Transaction, row: Row) -> Claim:

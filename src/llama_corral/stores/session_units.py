@@ -7,7 +7,6 @@ from typing import Any
 
 from ..protocol.records import DeletedSession, InstanceRecord, ServiceRecord, SessionRecord
 from .endings import forget_epochs
-from .rows import session_record
 from .transaction import Transaction
 
 
@@ -65,7 +64,8 @@ def merge_state(tx: Transaction, session_id: str, changes: str) -> SessionRecord
     state.update(json.loads(changes))
     merged = json.dumps(state, ensure_ascii=False, separators=(",", ":"))
     tx.run(tx.sql.set_state, {"session_id": session_id, "new_state": merged})
-    return session_record(tx, (row[0], merged, row[2] + 1, *row[3:]))
+    # Its tasks are not listed: there may be very many, and this is the writer's time.
+    return SessionRecord(row[0], merged, row[2] + 1, *row[3:])
 
 
 def delete_session(tx: Transaction, session_id: str) -> DeletedSession | None:

@@ -238,8 +238,8 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
     async def request_cancel(self, task_id: str, now: float) -> SendAnswer:
         return await self._write(outside_units.request_cancel, task_id, now)
 
-    async def expire(self, now: float) -> list[SendAnswer]:
-        return await self._write(outside_units.expire, now)
+    async def expire(self, now: float, *, limit: int = 500) -> list[SendAnswer]:
+        return await self._write(outside_units.expire, now, max(limit, 0))
 
     async def send(self, task_id: str, payload: str, now: float) -> SendAnswer:
         return await self._write(outside_units.send, task_id, payload, now)
@@ -265,8 +265,8 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
     async def retry(self, task_id: str, now: float, *, fresh: bool = False) -> Accepted:
         return await self._write(recovery_units.retry, task_id, now, fresh)
 
-    async def wake(self, now: float) -> list[Ticket]:
-        return await self._write(outside_units.wake, now)
+    async def wake(self, now: float, *, limit: int = 500) -> list[Ticket]:
+        return await self._write(outside_units.wake, now, max(limit, 0))
 
     async def next_due(self, now: float) -> float | None:
         return await self._read(queries.next_due, now)

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import Dialect
 
-from ...protocol.lifecycle import Trigger, after, sources
+from ...protocol.lifecycle import TaskStatus, Trigger, after, sources
 from ..tables import status_literal, tasks
 
 # Plain numbers would become parameters. (OFFSET 0 is written out because SQLite's compiler adds a parameter for it.)
@@ -18,6 +18,9 @@ ONE = sa.literal_column("1", sa.BigInteger)
 
 OWNED = sources(Trigger.RELEASE)
 """The statuses of a task that can be in the hands of an instance: those from which it can be handed back."""
+
+UNOWNED = (TaskStatus.HELD, TaskStatus.QUEUED, TaskStatus.WAITING)
+"""The statuses of an open task that no instance has."""
 
 _INSERT: dict[str, Callable[[sa.Table], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 

@@ -24,7 +24,11 @@ class Children(Base):
         self.insert_inbox = self._sql(self._insert_into(task_inbox, "task_no", "seq", "payload", "sent_at"))
         i = task_inbox.c
         self.read_inbox = self._sql(
-            sa.select(i.seq, i.payload).where(i.task_no == _b("task_no"), i.seq > _b("after")).order_by(i.seq)
+            sa.select(i.seq, i.payload)
+            .where(i.task_no == _b("task_no"), i.seq > _b("after"))
+            .order_by(i.seq)
+            .limit(_b("limit"))
+            .offset(ZERO)
         )
         self.delete_inbox = self._sql(sa.delete(task_inbox).where(i.task_no == _b("task_no")))
         self.copy_inbox = self._sql(

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 
 from ...protocol.lifecycle import ENDINGS, TaskStatus, Trigger, sources
 from ..tables import IS_OPEN, instances, status_in, status_literal, tasks
-from .base import ONE, OWNED, STATE, Base, target_of
+from .base import ONE, OWNED, STATE, UNOWNED, ZERO, Base, target_of
 
 _t = tasks.c
 _b = sa.bindparam
@@ -53,12 +53,23 @@ class Outside(Base):
             .order_by(_t.no)
             .with_for_update()
         )
-        self.overdue = self._sql(
-            sa.select(*STATE)
-            .where(_t.deadline.is_not(None), _t.deadline <= _b("now"), _t.owner.is_(None), IS_OPEN)
-            .order_by(_t.no)
-            .with_for_update()
-        )
+        # One statement a status: then each walks its index from the first that is due, whatever is due behind it.
+        self.overdue = {
+            status: self._sql(
+                sa.select(*STATE)
+                .where(
+                    _t.deadline.is_not(None),
+                    _t.deadline <= _b("now"),
+                    _t.owner.is_(None),
+                    _t.status == status_literal(status),
+                )
+                .order_by(_t.deadline)
+                .limit(_b("limit"))
+                .offset(ZERO)
+                .with_for_update()
+            )
+            for status in UNOWNED
+        }
         self.waking = self._sql(
             sa.select(*STATE)
             .where(
@@ -68,6 +79,8 @@ class Outside(Base):
                 _t.status == status_literal(TaskStatus.WAITING),
             )
             .order_by(_t.wake_at)
+            .limit(_b("limit"))
+            .offset(ZERO)
             .with_for_update()
         )
         self.owned_briefly = self._sql(

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from ...protocol.lifecycle import TaskStatus
 from ..tables import EXPLICIT, IS_OPEN, status_in, status_literal, tasks
-from .base import RECORD, STATE, ZERO, Base
+from .base import RECORD, STATE, UNOWNED, ZERO, Base
 
 _t = tasks.c
 _b = sa.bindparam
@@ -61,7 +61,7 @@ class Reads(Base):
                     _t.deadline > _b("now"),
                 )
             )
-            for status in (TaskStatus.HELD, TaskStatus.QUEUED, TaskStatus.WAITING)
+            for status in UNOWNED
         }
         self.next_wake = self._sql(
             sa.select(sa.func.min(_t.wake_at)).where(
