@@ -112,7 +112,7 @@ class HttpLink:
             read: Raises ValueError for what is no answer of a control plane.
             body: JSON.
             wait: Seconds for which the server is asked to hold the answer back (a long poll), beside the timeout.
-            timeout: Seconds for this request instead of the link's.
+            timeout: Seconds for this request, where they are less than the link's.
             away: The kind of `Unavailable` to raise.
 
         Raises:
@@ -132,7 +132,9 @@ class HttpLink:
         if body is not None:
             request.stream = _Body(body)
         try:
-            response = await self._send(request, (self._timeout if timeout is None else timeout) + wait)
+            response = await self._send(
+                request, (self._timeout if timeout is None else min(timeout, self._timeout)) + wait
+            )
             if response.status_code >= 300:
                 raise self._refusal(response)
             found = read(response.content)

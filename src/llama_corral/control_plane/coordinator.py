@@ -45,7 +45,7 @@ class StoreCoordinator(Coordinator):
         self._registry = registry
         self._effects = effects
         self._now = now
-        self._strays = Strays(config.heartbeat_interval)
+        self._strays = Strays(config.lease)
         self._leases = Leases(config.lease)
 
     async def register(self, info: ServiceInfo, local: LocalService | None = None) -> Registration:

@@ -47,19 +47,19 @@ class Leases:
 class Strays:
     """Which strays are really lost: tasks that an instance owns and does not name in its heartbeats.
 
-    One heartbeat proves nothing: the answer to the claim may be on its way. A stray is lost if every heartbeat named it
-    for one interval at least, from the first of them to the last.
+    One heartbeat proves nothing: the answer to the claim may be on its way, and is asked for again where it does not come.
+    A stray is lost if every heartbeat of a lease named it, from the first of them to the last.
     """
 
-    def __init__(self, interval: float) -> None:
-        self._interval = interval
+    def __init__(self, lease: float) -> None:
+        self._lease = lease
         self._seen: dict[str, dict[tuple[str, int], float]] = {}
 
     def lost(self, instance_id: str, strays: Iterable[HeldTask], now: float) -> list[HeldTask]:
         """Take the answer to one heartbeat in and say what to take away from the instance. `now` is monotonic."""
         before = self._seen.get(instance_id, {})
         seen = {(each.task_id, each.epoch): before.get((each.task_id, each.epoch), now) for each in strays}
-        lost = [HeldTask(*key) for key, first in seen.items() if now - first >= self._interval]
+        lost = [HeldTask(*key) for key, first in seen.items() if now - first >= self._lease]
         for each in lost:
             del seen[each.task_id, each.epoch]
         if seen:

@@ -86,6 +86,8 @@ class RetryPolicy:
 
     def delay(self, failures: int) -> float:
         """Seconds to wait after this many failures in a row (from 1)."""
+        if not self.backoff:
+            return 0.0
         try:
             return min(self.max_backoff, self.backoff * self.factor ** (failures - 1))
         except OverflowError:

@@ -27,8 +27,9 @@ from ..protocol.records import (
 
 T = TypeVar("T")
 
-HEARTBEAT_TIMEOUT: Final = 10.0
-"""Seconds that a heartbeat may take, or half of the lease if that is less: one that hangs must leave time for another."""
+PATIENCE: Final = 10.0
+"""Seconds that a heartbeat or a claim may take, or half of the lease if that is less: one that hangs must leave time for
+another before the lease ends."""
 
 _REGISTRATION: Final = TypeAdapter(Registration)
 _CLAIM: Final[TypeAdapter[Claim | None]] = TypeAdapter(Claim | None)
@@ -62,7 +63,7 @@ class HttpCoordinator(Coordinator):
     ) -> None:
         self._owns_link = link is None
         self.link = HttpLink(control_plane_url, token) if link is None else link
-        self._heartbeat_timeout = HEARTBEAT_TIMEOUT
+        self._patience = PATIENCE
 
     async def __aenter__(self) -> Self:
         return self
@@ -80,7 +81,7 @@ class HttpCoordinator(Coordinator):
                 hint="Upgrade the older one of worker and control plane.",
             )
         if registration.lease > 0:
-            self._heartbeat_timeout = min(HEARTBEAT_TIMEOUT, registration.lease / 2)
+            self._patience = min(PATIENCE, registration.lease / 2)
         return registration
 
     async def deregister(self, instance_id: str) -> None:
@@ -88,7 +89,7 @@ class HttpCoordinator(Coordinator):
 
     async def claim(self, ticket: Ticket, instance_id: str, nonce: str) -> Claim | None:
         call = calls.ClaimCall(ticket, instance_id, nonce)
-        return await self._ask(calls.CLAIM, call, _CLAIM)
+        return await self._ask(calls.CLAIM, call, _CLAIM, timeout=self._patience)
 
     async def report(self, report: Report) -> ReportAnswer:
         return await self._ask(calls.REPORT, report, _REPORTED)
@@ -107,7 +108,7 @@ class HttpCoordinator(Coordinator):
 
     async def heartbeat(self, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:
         call = calls.HeartbeatCall(instance_id, tuple(held))
-        return await self._ask(calls.HEARTBEAT, call, _BEATEN, timeout=self._heartbeat_timeout)
+        return await self._ask(calls.HEARTBEAT, call, _BEATEN, timeout=self._patience)
 
     async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage:
         return await self._ask(calls.PULL, calls.PullCall(task_id, epoch, after), _PAGE)
