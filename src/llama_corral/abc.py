@@ -409,7 +409,7 @@ class Store(ABC):
     @abstractmethod
     async def purge(self, before: float, *, limit: int = 500) -> int:
         """Remove up to `limit` tasks that ended before that time, with all that belongs to them, and dead letters of that
-        age. Answers how many rows of both went; fewer than `limit`: nothing is left to remove."""
+        age; fewer where they have very many events. Answers how many of both went; 0: nothing is left to remove."""
 
     @abstractmethod
     async def count_queued(self, service_name: str) -> int:

@@ -145,6 +145,14 @@ async def test_retention_removes_what_is_old_with_all_that_belongs_to_it(driver)
     assert await store.purge(20.0) == 0  # what ended at that time did not end before it
 
 
+async def test_a_batch_with_very_many_events_is_smaller(driver) -> None:
+    for number in range(4):
+        await driver.accept(f"t{number}", by="i")
+        await driver.end(f"t{number}", events=40 if number == 1 else 5, now=float(number))
+    removed = [await driver.store.purge(100.0, limit=3) for _ in range(4)]
+    assert removed == [1, 1, 2, 0]
+
+
 async def test_a_number_that_comes_again_finds_nothing_of_the_removed_task(driver) -> None:
     await driver.accept("t", by="i")
     await driver.end("t", events=3)

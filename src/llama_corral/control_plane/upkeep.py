@@ -249,8 +249,7 @@ class Upkeep:
             try:
                 while True:
                     began = anyio.current_time()
-                    removed = await self._store.purge(self._now() - retention, limit=PURGE_BATCH)
-                    if removed < PURGE_BATCH:
+                    if not await self._store.purge(self._now() - retention, limit=PURGE_BATCH):
                         break
                     await anyio.sleep(anyio.current_time() - began)
             except Unavailable as error:

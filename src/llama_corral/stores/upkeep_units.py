@@ -7,14 +7,16 @@ from typing import Final
 
 from ..protocol.records import DeadLetter
 from .endings import forget_epochs
-from .transaction import Transaction
+from .transaction import Row, Transaction
 
 DEAD_LETTERS: Final = 10_000
 """The most that are kept; of more, the oldest go."""
+ROWS_A_TASK: Final = 10
+"""A batch of tasks has so many events for each, on average, or is cut short: the writer is not to be kept long."""
 
 
 def purge(tx: Transaction, before: float, limit: int) -> int:
-    ended = tx.all(tx.sql.ended_before, {"before": before, "limit": limit})
+    ended = _few_rows(tx.all(tx.sql.ended_before, {"before": before, "limit": limit}), limit * ROWS_A_TASK)
     everything = [{"task_no": row[0]} for row in ended]
     # The counters of a row say what it has; keys alone find it.
     for statement, counter in (
@@ -32,6 +34,16 @@ def purge(tx: Transaction, before: float, limit: int) -> int:
     if letters:
         tx.run_many(tx.sql.delete_dead_letter, [{"no": no} for (no,) in letters])
     return len(ended) + len(letters)
+
+
+def _few_rows(ended: list[Row], most: int) -> list[Row]:
+    """The first of the tasks, at least one, that have no more events than that."""
+    total = 0
+    for number, row in enumerate(ended):
+        total += row[1]
+        if total > most:
+            return ended[: max(1, number)]
+    return ended
 
 
 def put_dead_letter(tx: Transaction, letter: DeadLetter) -> None:
