@@ -49,6 +49,19 @@ async def indices(corral: Corral, task_id: str) -> list[int]:
     return [json.loads(event.payload)["n"] for event in (await corral.plane.read_events(task_id)).events]
 
 
+@pytest.mark.promise("P1")
+async def test_who_registers_to_claim_takes_over_what_was_claimed_for_messages(corral: Corral) -> None:
+    task_id = await start(corral)
+    await corral.plane.process_message(stream(task_id, 0))
+    assert (await corral.plane.get_task(task_id)).status is TaskStatus.RUNNING
+    service = await corral.service("old", slots=1)
+    claim = await service.take_ticket(corral.queue)
+    assert claim is not None
+    assert (claim.task_id, claim.epoch, claim.next_index) == (task_id, 2, 1)
+    await corral.service("old")  # again, or another one: nothing is taken from an instance
+    assert (await corral.plane.get_task(task_id)).owner == service.instance_id
+
+
 @pytest.mark.promise("P1", "P3")
 async def test_events_and_the_result_are_written(corral: Corral) -> None:
     task_id = await start(corral)

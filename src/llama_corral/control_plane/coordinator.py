@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Final
 
 import anyio
 
 from ..abc import Coordinator, LocalService, Store
 from ..exceptions import Unavailable
+from ..protocol.lifecycle import TaskStatus
 from ..protocol.records import (
     Checkpoint,
     Claim,
@@ -23,15 +25,19 @@ from ..protocol.records import (
     ReportAnswer,
     ServiceInfo,
     ServiceRecord,
+    TaskFilter,
     Ticket,
 )
 from . import checks
 from .config import ControlPlaneConfig
-from .effects import Effects
+from .effects import MESSAGES_INSTANCE, Effects
 from .leases import Leases, Strays
 from .registry import Registry
 
 logger = logging.getLogger(__name__)
+
+PAGE: Final = 500
+"""Tasks looked at in one read."""
 
 
 class StoreCoordinator(Coordinator):
@@ -57,11 +63,23 @@ class StoreCoordinator(Coordinator):
         instance = InstanceRecord(
             info.instance_id, info.service_name, info.capacity, self._now(), embedded=local is not None
         )
+        spoke_messages = self._registry.is_messages_only(info.service_name)
         await self._store.put_service(service, instance)
         self._registry.learn(service)
         if local is not None:
             self._registry.add_local(info.service_name, info.instance_id, local)
+        if spoke_messages:
+            await self._take_from_messages(info.service_name)
         return Registration(self.config.topic_namespace, self.config.heartbeat_interval, lease=self.config.lease)
+
+    async def _take_from_messages(self, service_name: str) -> None:
+        """Whoever registers claims its tasks. Those claimed for messages before would wait for reports that nobody sends."""
+        open_ones = TaskFilter((TaskStatus.RUNNING, TaskStatus.WAITING), service_name=service_name, limit=PAGE)
+        while records := await self._store.list_tasks(open_ones):
+            held = [HeldTask(each.task_id, each.epoch) for each in records if each.owner == MESSAGES_INSTANCE]
+            with anyio.CancelScope(shield=True):
+                self._effects.lost(await self._store.reclaim(MESSAGES_INSTANCE, held, self._now()))
+            open_ones = replace(open_ones, before=records[-1].task_id)
 
     async def deregister(self, instance_id: str) -> None:
         self._registry.remove_instance(instance_id)
