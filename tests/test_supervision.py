@@ -225,6 +225,7 @@ async def test_stacks_name_every_task():
         group.cancel_scope.cancel()
     assert "the waiting one" in text
     assert "in waits_here" in text
+    assert "wait_task_rescheduled" not in text.partition("the waiting one")[2].partition("\ntask ")[0]
 
 
 @pytest.mark.promise("P7")

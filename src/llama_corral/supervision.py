@@ -18,6 +18,7 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, Final, Protocol
 
@@ -45,6 +46,10 @@ STUCK_MARGIN: Final = 5.0
 _BLOCKED_MARGIN: Final = 2.0
 _LOOP_TURN: Final = 1.0
 """Seconds that the loop gets to end the process at a second signal before a thread does."""
+
+
+_LIBRARY = frozenset({"anyio", "trio", "trio_asyncio"})
+"""Packages whose frames are left out of the stacks of tasks."""
 
 
 class StopEvent(Protocol):
@@ -233,7 +238,8 @@ def _frames(coroutine: Any) -> list[traceback.FrameSummary]:
             code = frame.f_code
             found.append(traceback.FrameSummary(code.co_filename, frame.f_lineno, code.co_name))
         coroutine = _first(coroutine, "cr_await", "gi_yieldfrom", "ag_await")
-    return found
+    # How the event loop waits says nothing about who waits, and would be most of the text.
+    return [each for each in found if not _LIBRARY.intersection(Path(each.filename).parts)] or found[-1:]
 
 
 def _first(value: Any, *names: str) -> Any:

@@ -137,8 +137,9 @@ def test_failed_tasks_are_listed_and_done_again(corral: Corral, server: str, cli
     assert row.endswith("ConnectionResetError: attempt 1")
     again = corral("retry", task, "--json").json
     assert (again["retry_of"], again["session_id"]) == (task, session)
-    assert corral("retry", task, "--fresh").out == f"{again['task_id']} does {task} again\n"
+    assert corral("retry", task, "--fresh").out.startswith(f"{again['task_id']} does {task} again already: ")
     assert client.task(again["task_id"]).result(timeout=10) == 2
+    assert corral("retry", task).out == f"{again['task_id']} does {task} again already: completed\n"
     assert "ERROR" not in corral("tasks", "--status", "completed", "--session", session).out
     refused = corral("retry", again["task_id"])
     assert (refused.code, refused.out) == (2, "")

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,32 @@ def test_ctrl_c_cancels_the_task(server: str, client: SyncClient, how: str) -> N
     assert code == 130
     (info,) = session.tasks()
     assert info.status == "cancelled"
+
+
+def test_ctrl_c_while_the_server_is_gone_does_not_claim_to_have_told_it(tmp_path: Path) -> None:
+    serve = [*CORRAL, "serve", "form=llama_corral.examples.form:form", "--port", "0"]
+    with subprocess.Popen(serve, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().split()[-1]
+            command = [*CORRAL, "run", "form", "--url", url]
+            with subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            ) as run:
+                assert run.stdout is not None
+                assert run.stdin is not None
+                assert b"Question" in run.stdout.readline()
+                process.kill()
+                process.wait()
+                run.send_signal(signal.SIGINT)
+                assert run.stderr is not None
+                errors = run.stderr.read()
+                assert run.wait(TIME) == 130
+        finally:
+            process.kill()
+    assert b"has been told" not in errors
+    assert b"could not be told" in errors
+    assert b"Traceback" not in errors
 
 
 def test_a_reader_that_leaves(server: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter as Count
 from typing import Any
 
@@ -204,3 +205,13 @@ async def test_a_new_epoch_of_a_task_replaces_the_old_run(rig):
     assert (record.status, record.epoch) == ("completed", 2)
     await anyio.wait_all_tasks_blocked()
     assert not service.executions
+
+
+async def test_a_coordinator_that_is_away_is_logged_once_a_call(rig, flaky, caplog):
+    flaky.away["report"] = ["before"] * 5
+    with caplog.at_level(logging.DEBUG):
+        await rig.serve(Echo(), coordinator=flaky)
+        assert (await rig.result(await rig.submit(name="a"))).status == "completed"
+    said = [each.levelno for each in caplog.records if "trying again" in each.getMessage()]
+    assert said.count(logging.WARNING) == 1
+    assert said.count(logging.DEBUG) == 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import anyio
 import pytest
 from workflows import Context, Workflow, step
@@ -76,7 +78,7 @@ def at_once(monkeypatch):
     monkeypatch.setattr(checkpoints, "COST_SHARE", 0.0)
 
 
-async def test_a_task_is_tried_again_until_it_succeeds(rig):
+async def test_a_task_is_tried_again_until_it_succeeds(rig, caplog):
     workflow = Fails(2)
     recorder = Recorder(rig.plane)
     await rig.serve(workflow, coordinator=recorder, checkpoints="none")
@@ -87,6 +89,7 @@ async def test_a_task_is_tried_again_until_it_succeeds(rig):
     events = await rig.events("t")
     assert [event.type for event in events].count("WorkflowFailedEvent") == 2
     assert [event.type for event in events].count("RunResumed") == 2
+    assert [each for each in caplog.records if each.levelno >= logging.ERROR] == []
 
 
 async def test_it_goes_on_from_its_checkpoint(rig, at_once):
@@ -97,11 +100,13 @@ async def test_it_goes_on_from_its_checkpoint(rig, at_once):
     assert workflow.entered == ["first", "second", "second", "second"]
 
 
-async def test_it_fails_at_last_with_its_error(rig):
+async def test_it_fails_at_last_with_its_error(rig, caplog):
     await rig.serve(Fails(99), checkpoints="none")
     record = await run(rig, RetryPolicy(**AT_ONCE), max_attempts=2)
     assert (record.status, record.error.type, record.error.retryable) == ("failed", "BrokenBadly", True)
     assert record.epoch == 2
+    await until(lambda: [each for each in caplog.records if each.levelno >= logging.ERROR])
+    assert len([each for each in caplog.records if each.levelno >= logging.ERROR]) == 1
 
 
 async def test_without_a_policy_it_fails_at_once(rig):

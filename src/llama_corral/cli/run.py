@@ -12,7 +12,7 @@ import anyio
 import anyio.abc
 import typer
 
-from ..exceptions import CorralError, TaskEnded
+from ..exceptions import Conflict, CorralError, TaskEnded
 from .options import DEFAULT_URL, Arguments, Input, Json, Token, Url, values
 from .output import (
     EXIT_CANCELLED,
@@ -110,6 +110,7 @@ class Command:
         self._json = as_json
         self._task: Any = None
         self._stopped = False
+        self._told = True
         self._code = EXIT_OK
         self._error: Exception | None = None
         self._scope = anyio.CancelScope()
@@ -128,7 +129,13 @@ class Command:
         if self._error is not None and not self._stopped:
             raise self._error
         if self._scope.cancelled_caught or self._error is not None:
-            return complain("cancelled; the task has been told", None, EXIT_CANCELLED)
+            if self._told:
+                return complain("cancelled; the task has been told", None, EXIT_CANCELLED)
+            return complain(
+                f"stopped; the task {self._task.id} could not be told, and may go on",
+                f"corral cancel {self._task.id} tells it when the server is back",
+                EXIT_CANCELLED,
+            )
         return self._code
 
     async def _start_and_follow(
@@ -191,6 +198,9 @@ class Command:
             await self._task.cancel()
         except CorralError as error:
             note(f"corral: {error}")
+            if not isinstance(error, Conflict):  # which says that it has ended: the events show how
+                self._told = False
+                self._scope.cancel()
 
     def _show(self, event: Any) -> None:
         if self._json:

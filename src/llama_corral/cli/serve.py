@@ -49,7 +49,13 @@ def serve(
         from .targets import load_targets
 
         settings = make_server_settings(
-            host=host, port=port, token=token, log_format=log_format, access_log=access_log, debug=debug
+            host=host,
+            port=port,
+            token=token,
+            log_format=log_format,
+            access_log=access_log,
+            debug=debug,
+            graceful_timeout=max(drain_timeout, 1.0),  # also after no drain at all, answers are written to their end
         )
         config = make_control_plane_config(
             retention=retention, max_queued_tasks=max_queued_tasks, heartbeat=heartbeat, lease=lease

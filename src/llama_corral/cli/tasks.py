@@ -84,4 +84,5 @@ def retry(
     if as_json:
         print_json(answer)
     else:
-        print_text(f"{answer['task_id']} does {task} again")
+        already = "" if answer["created"] else f" already: {answer['status']}"
+        print_text(f"{answer['task_id']} does {task} again{already}")

@@ -75,7 +75,9 @@ class Upkeep:
             left = [each.instance_id for each in await self._store.list_instances() if each.embedded]
             if left:
                 tickets = await self._store.reap(left, self._now())
-                logger.info("took over from %d instances of an earlier process: %d tasks", len(left), len(tickets))
+                logger.info(
+                    "took over from an earlier process; instances: %d, tasks queued again: %d", len(left), len(tickets)
+                )
         for service in await self._store.list_services():
             self._registry.learn(service)
         await self.look()
@@ -237,9 +239,7 @@ class Upkeep:
         with anyio.CancelScope(shield=True):
             tickets = await self._store.reap(dead, self._now())
             self._effects.lost(tickets)
-        logger.warning(
-            "lost %d instances (%s); %d tasks are queued again", len(dead), ", ".join(dead[:5]), len(tickets)
-        )
+        logger.warning("lost instances: %d (%s); tasks queued again: %d", len(dead), ", ".join(dead[:5]), len(tickets))
 
     async def purge_forever(self) -> None:
         """Remove what ended longer than the retention time ago, in batches with pauses of the same length: at most half of

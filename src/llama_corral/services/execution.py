@@ -332,6 +332,8 @@ class TaskExecution(RunHooks):
                 await self.reporter.flush(outcome.terminal, outcome.context)
                 if self.reporter.retry_at is None:
                     self.error = outcome.error
+                    if outcome.retryable:
+                        logger.error("task %s failed: it is not tried again", self.claim.task_id)
                 else:
                     logger.info("task %s is tried again", self.claim.task_id)
         finally:

@@ -28,6 +28,12 @@ class Outcome:
     context: ContextUpdate | None = None
     error: BaseException | None = None
 
+    @property
+    def retryable(self) -> bool:
+        """Whether the task's own policy asks for another attempt."""
+        record = self.terminal.error
+        return record is not None and record.retryable and not isinstance(self.error, WorkflowChanged)
+
 
 @dataclass(frozen=True, slots=True)
 class Judge:
@@ -85,7 +91,9 @@ class Judge:
         return ContextUpdate(self.based_on, payload, self.fingerprint)
 
     def failed(self, exc: BaseException, step: str | None = None, *, retryable: bool = False) -> Outcome:
-        logger.error("task %s failed: %s: %s", self.claim.task_id, type(exc).__name__, text_of(exc))
+        # What may be tried again has not failed yet: the store decides, and its answer is logged.
+        level, what = (logging.WARNING, "an attempt at task") if retryable else (logging.ERROR, "task")
+        logger.log(level, "%s %s failed: %s: %s", what, self.claim.task_id, type(exc).__name__, text_of(exc))
         return self._without_result(TaskStatus.FAILED, exc, step, retryable=retryable)
 
     def refused(self, exc: WorkflowChanged | StateRefused) -> Outcome:

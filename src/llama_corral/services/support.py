@@ -69,7 +69,9 @@ class Support:
                 return await question()
             except Unavailable as exc:
                 failures += 1
-                logger.warning("cannot %s, trying again: %s", what, exc)
+                logger.log(
+                    logging.WARNING if failures == 1 else logging.DEBUG, "cannot %s, trying again: %s", what, exc
+                )
                 await anyio.sleep(self._backoff.delay(failures))
 
     # Reports
@@ -119,6 +121,7 @@ class Support:
     async def beat_forever(self, interval: float) -> None:
         """One heartbeat for the instance, with what it holds; the answer may say that something is not ours any more."""
         capacity = self._host.info().capacity
+        failed = False
         while True:
             await anyio.sleep(interval)
             info = self._host.info()
@@ -127,7 +130,13 @@ class Support:
                     await self._host.coordinator.register(info, local=self._host)
                     capacity = info.capacity
             except CorralError as exc:  # also where the control plane refuses us: whoever runs both may change that
-                logger.warning("heartbeat of %s failed: %s", self._host.service_name, exc)
+                level = logging.DEBUG if failed else logging.WARNING
+                logger.log(level, "heartbeat of %s failed, trying again: %s", self._host.service_name, exc)
+                failed = True
+            else:
+                if failed:
+                    logger.info("heartbeat of %s is heard again", self._host.service_name)
+                failed = False
 
     async def _beat(self) -> bool:
         """Whether the instance has to register again."""

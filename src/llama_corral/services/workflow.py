@@ -27,7 +27,7 @@ from workflows import Context, Workflow
 
 from ..abc import Coordinator, MessageQueue, Reservation
 from ..aio import caller_library, open_asyncio_loop
-from ..exceptions import BadInput, CorralError, NotFound, TooManyTasks, Unavailable
+from ..exceptions import BadInput, CorralError, NotFound, TooManyTasks, Unauthorized, Unavailable
 from ..protocol.messages import ActionTypes, QueueMessage, TaskDefinition
 from ..protocol.records import Claim, ContextUpdate, ServiceInfo, Ticket
 from ..runtime import RunOptions, Slot, StepFlavour, check_served, workflow_fingerprint
@@ -297,7 +297,7 @@ class WorkflowService(ConfiguredService):
         for execution in list(self._executions.values()):
             execution.release_when_idle()
         if self._executions:
-            logger.info("%s drains: %d tasks are in hand", self.service_name, len(self._executions))
+            logger.info("%s drains; tasks in hand: %d", self.service_name, len(self._executions))
         with anyio.move_on_after(self.drain_timeout):
             await intake.wait_none_reserved()
             while self._executions:
@@ -311,7 +311,9 @@ class WorkflowService(ConfiguredService):
                 await self._bare.give_back()
             await self._coordinator.deregister(self.instance_id)
         except CorralError as exc:
-            logger.warning("%s left without saying so: %s", self.service_name, exc)
+            # Who was refused has heard of it when it registered, or from its heartbeats.
+            level = logging.DEBUG if isinstance(exc, Unauthorized) else logging.WARNING
+            logger.log(level, "%s left without saying so: %s", self.service_name, exc)
 
     # Messages
 

@@ -53,7 +53,7 @@ async def serve(  # noqa: ASYNC128 - serve_connections calls started()
             await trio.sleep_forever()
         else:
             await stop.wait()
-        logger.info("stopping: %g s for requests in flight", settings.graceful_timeout)
+        logger.info("stopping: requests in flight get %g s at most", settings.graceful_timeout)
         app.drain.set()
         await trio.sleep(settings.readiness_delay)
 
