@@ -44,7 +44,7 @@ class Work(Workflow):
     async def work(self, ev: StartEvent) -> StopEvent:
         count(1)
         try:
-            await anyio.sleep(0.01)  # the work
+            await anyio.sleep(0.04)  # the work, longer than it takes to bring four of them
         finally:
             count(-1)
         return StopEvent(result=highest)

@@ -30,7 +30,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 async def rig(anyio_backend: str, flavour: Any, nothing_left: None, short_pauses: None) -> AsyncIterator[Rig]:
     """`rig.store` is a `FaultyStore`."""
-    config = ControlPlaneConfig(topic_namespace="test", heartbeat_interval=0.1, backstop_interval=0.1)
+    config = ControlPlaneConfig(topic_namespace="test", heartbeat_interval=0.1, lease=0.3, backstop_interval=0.1)
     async with FaultyStore(SqlStore("sqlite://")) as store, MemoryMessageQueue() as queue:
         async with ControlPlane(store, queue, config=config, alone=True) as plane:
             async with anyio.create_task_group() as tasks:
