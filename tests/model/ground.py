@@ -137,10 +137,12 @@ class Ground:
     async def purge(self, age: float, limit: int) -> None:
         before = self.now - age
         removable = self.promised.ended_before(before)
-        assert await self.store.purge(before, limit=limit) == min(limit, len(removable))
+        gone = await self.store.purge(before, limit=limit)
+        most = min(limit, len(removable))
+        assert min(1, most) <= gone <= most  # fewer where they have many events
         left = {record.task_id for record in await self.store.list_tasks(TaskFilter(limit=100_000))}
         removed = [life for life in removable if life.task.task_id not in left]
-        assert [life.finished_at for life in removed] == [life.finished_at for life in removable[:limit]]
+        assert [life.finished_at for life in removed] == [life.finished_at for life in removable[:gone]]
         for life in removed:
             self.promised.forget(life)
             self.gone.append(life.task)

@@ -209,7 +209,7 @@ async def test_a_new_epoch_of_a_task_replaces_the_old_run(rig):
 
 async def test_a_coordinator_that_is_away_is_logged_once_a_call(rig, flaky, caplog):
     flaky.away["report"] = ["before"] * 5
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, "llama_corral.services.support"):
         await rig.serve(Echo(), coordinator=flaky)
         assert (await rig.result(await rig.submit(name="a"))).status == "completed"
     said = [each.levelno for each in caplog.records if "trying again" in each.getMessage()]
