@@ -1,7 +1,7 @@
 """The task protocol as a state machine over the real store: whatever is lost, doubled, late, dead or set, the promises hold
 after every step, and in the end every accepted task has one ending.
 
-`CORRAL_TEST_MODEL_EXAMPLES=5000` looks deeper than an everyday run does.
+`CORRAL_TEST_MODEL_EXAMPLES=5000` looks deeper than an everyday run does, and at others each time.
 """
 
 from __future__ import annotations
@@ -36,9 +36,15 @@ from .holding import check_everything
 from .settling import clear, settle
 from .world import FATES, RETRY, Fate, Release, Run, World
 
-EXAMPLES: Final = int(os.environ.get("CORRAL_TEST_MODEL_EXAMPLES", "100"))
+DEEP: Final = os.environ.get("CORRAL_TEST_MODEL_EXAMPLES")
+EXAMPLES: Final = int(DEEP or "100")
 DEPTH: Final = settings(
-    max_examples=EXAMPLES, stateful_step_count=80, suppress_health_check=list(HealthCheck), print_blob=True
+    max_examples=EXAMPLES,
+    stateful_step_count=80,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+    derandomize=DEEP is None,
+    database=None,
 )
 
 picks = st.integers(0, 11)
