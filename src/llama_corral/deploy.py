@@ -230,7 +230,7 @@ async def deploy_all(
                     await nursery.start(services[name].processing_loop)
                 task_status.started(Deployment(core, services))
                 await stop.wait()
-                logger.info("stopping: no new tasks; %d services drain", len(services))
+                logger.info("stopping: no new tasks; services that drain: %d", len(services))
                 core.plane.refuse_new()
                 for service in services.values():
                     service.stop()
@@ -277,7 +277,7 @@ async def deploy_worker(
             else:
                 task_status.started(Worker(link.url, services))
                 await stop.wait()
-            logger.info("stopping: nothing new is taken; %d services drain", len(services))
+            logger.info("stopping: nothing new is taken; services that drain: %d", len(services))
             for service in services.values():
                 service.stop()
 
