@@ -19,7 +19,7 @@ async def test_memory() -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        "redis://user:hunter2@host/0",
+        "kafka://user:hunter2@host/0",
         "nonsense",
         "",
         "://",

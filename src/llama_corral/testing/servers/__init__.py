@@ -1,0 +1,7 @@
+"""Real servers for tests that kill and restart them, each with a port and a folder of its own."""
+
+from __future__ import annotations
+
+from .base import ServerMissingError as ServerMissingError
+from .base import ServerProcess as ServerProcess
+from .redis import RedisServer as RedisServer
