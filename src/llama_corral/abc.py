@@ -216,8 +216,12 @@ class Store(ABC):
     the commit and is then cancelled. So "cancelled" does not say whether it was applied: repeat with the same ids.
 
     Raises (all methods):
-        StoreUnavailable: closed, or the database failed (disk full, connection lost). The unit was not applied.
+        StoreUnavailable: closed, or the database failed (disk full, connection lost). The unit was not applied, unless the
+            connection was lost in its commit: then field `in_doubt` is True, and repeating it with the same ids is safe.
     """
+
+    exclusive: bool
+    """Whether one process has the store for itself while it is open. If not, any number of control planes may use it."""
 
     @abstractmethod
     async def __aenter__(self) -> Store: ...

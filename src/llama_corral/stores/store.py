@@ -76,6 +76,7 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
     ) -> None:
         if durable not in ("normal", "full"):
             raise StoreError(f"A store is durable 'normal' or 'full', not {durable!r}.")
+        self.exclusive = True
         self._database = SqliteDatabase(_sqlite_path(url), durable, sealer)
         self._batch_size = batch_size
         self._backlog = backlog
