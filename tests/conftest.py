@@ -12,8 +12,8 @@ from collections.abc import Generator
 import hypothesis
 import pytest
 
-# Before anything imports it: a contract suite's bare asserts are to say what they compared.
-pytest.register_assert_rewrite("llama_corral.testing.queues")
+# Before anything imports it: the bare asserts of contract suites are to say what they compared.
+pytest.register_assert_rewrite("llama_corral.testing.queues", "llama_corral.testing.brokers")
 
 # No test asserts a time: an example that is slow on a busy machine is no failure.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

@@ -1,6 +1,8 @@
 """For tests of adapters and of applications: contract suites and fault injectors. Nothing here needs pytest.
 
 * `queues.py`: `MessageQueueContract`, what every message queue must do.
+* `brokers.py`: `BrokerContract`, what the queue of a server must do beside that.
+* `servers/`: real servers with a port and data of their own, which a test kills and starts again.
 * `faults.py`: `FaultyMessageQueue`, a queue whose links a test breaks by name.
 * `store_faults.py`: `FaultyStore`, a store that fails at the n-th write, loses answers, hangs, or has no room.
 * `coordinator_faults.py`: `FaultyCoordinator`, the same between a service and whoever decides.
@@ -10,6 +12,7 @@
 
 from __future__ import annotations
 
+from .brokers import BrokerContract as BrokerContract
 from .call_faults import CallFault as CallFault
 from .call_faults import HungCall as HungCall
 from .coordinator_faults import FaultyCoordinator as FaultyCoordinator
