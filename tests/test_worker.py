@@ -112,8 +112,8 @@ async def test_it_waits_for_its_core_and_says_so_once(
             stop.set()
 
     said = anyio.Event()
-    monkeypatch.setattr("llama_corral.deploy.logger.filter", lambda record: (said.set(), True)[1])
-    with caplog.at_level(logging.WARNING, "llama_corral.deploy"):
+    monkeypatch.setattr("llama_corral.starting.logger.filter", lambda record: (said.set(), True)[1])
+    with caplog.at_level(logging.WARNING, "llama_corral.starting"):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(partial(deploy_worker, {"hello": hello}, options, stop=stop, task_status=Status()))
             await said.wait()

@@ -8,7 +8,7 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urls
 
 from ..exceptions import SetupError
 
-_SECRET_OPTIONS: Final = ("password", "passwd", "token", "secret", "key")
+_SECRET_OPTIONS: Final = ("password", "passwd", "sslpassword", "token", "secret", "key")
 
 
 def _split(url: str) -> SplitResult:
@@ -39,7 +39,8 @@ def without_credentials(url: str) -> str:
     parts = _split(url)
     options = [(name, value) for name, value in parse_qsl(parts.query) if name.lower() not in _SECRET_OPTIONS]
     netloc = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, netloc, parts.path, urlencode(options), ""))
+    # By hand: urlunsplit leaves out the slashes of memory:// and sqlite:///file.
+    return f"{parts.scheme}://{netloc}{parts.path}" + (f"?{urlencode(options)}" if options else "")
 
 
 def with_credentials(url: str, user: str | None, password: str | None) -> str:
