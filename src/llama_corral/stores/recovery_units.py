@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import uuid
 from collections.abc import Sequence
 from typing import Final
@@ -24,13 +25,14 @@ def reap(tx: Transaction, dead_instances: Sequence[str], now: float) -> list[Tic
     tickets: list[Ticket] = []
     for instance_id in dead_instances:
         tx.run(tx.sql.delete_instance, {"instance_id": instance_id})
-        for row in tx.all(tx.sql.owned_by, {"instance_id": instance_id}):
+        for row in tx.take(tx.sql.owned_by, {"instance_id": instance_id}, sys.maxsize):
             tickets += _take_away(tx, TaskState._make(row), now)
     return tickets
 
 
 def reclaim(tx: Transaction, instance_id: str, strays: Sequence[HeldTask], now: float) -> list[Ticket]:
     tickets: list[Ticket] = []
+    tx.hold_lines(of_tasks=[stray.task_id for stray in strays])
     for stray in strays:
         state = lock_state(tx, stray.task_id)
         if state is None or state.owner != instance_id or state.epoch != stray.epoch or state.is_ended:
