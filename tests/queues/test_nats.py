@@ -16,7 +16,6 @@ import pytest
 from nats.aio.client import Client
 
 from llama_corral.aio.client import AsyncioSide, open_asyncio_side
-from llama_corral.queues.nats import NatsMessageQueue
 from llama_corral.queues.nats_stream import token_of
 from llama_corral.supervision import open_support_group
 from llama_corral.testing.brokers import BrokerContract
