@@ -121,7 +121,6 @@ async def test_what_a_call_starts_belongs_to_the_block(anyio_backend: str) -> No
 
 async def test_posted_in_order(anyio_backend: str, caplog: pytest.LogCaptureFixture) -> None:
     got: list[int] = []
-    done = anyio.Event()
 
     async def append(number: int) -> None:
         await pause(0)
@@ -129,15 +128,14 @@ async def test_posted_in_order(anyio_backend: str, caplog: pytest.LogCaptureFixt
         if number == 3:
             raise ValueError("three")
 
-    async def finish() -> None:
-        done.set()
-
     async with open_asyncio_side("test") as side:
         for number in range(10):
             side.post(append, number)
-        side.post(finish)
-        await done.wait()
+        await side.wait_posted()
+        assert len(got) == 10
     side.post(append, 99)
+    with pytest.raises(SelfCancelled):
+        await side.wait_posted()
     assert got == list(range(10))
     assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == [
         "a posted call of test failed"

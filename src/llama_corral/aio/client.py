@@ -90,6 +90,20 @@ class AsyncioSide:
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
 
+    async def wait_posted(self) -> None:
+        """Return when all that was posted so far has been done."""
+        await self.call(self._reach_turn)
+
+    async def _reach_turn(self) -> None:
+        turn: asyncio.Future[None] = self.loop.create_future()
+
+        async def reached() -> None:  # noqa: ASYNC124 -- what is posted is awaited
+            if not turn.done():
+                turn.set_result(None)
+
+        self.post(reached)
+        await turn
+
     def start_soon(self, fn: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> asyncio.Task[T]:
         """Start an asyncio task that belongs to the block: it is cancelled when the block is left."""
         if self._closed:
