@@ -229,7 +229,7 @@ class Recorder:
 
 async def take_away(rig: Rig, service: WorkflowService) -> None:
     """What the reaper does with a service's tasks when its process is dead; here it is there to take them again."""
-    rig.plane._effects.tickets(await rig.store.reap([service.instance_id], time.time()))
+    rig.plane._effects.lost(await rig.store.reap([service.instance_id], time.time()))
 
 
 def response(text: str = "yes", **fields: Any) -> str:
