@@ -14,7 +14,8 @@ _SECRET_OPTIONS: Final = ("password", "passwd", "token", "secret", "key")
 def _split(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
-        _ = parts.port
+        for host in hosts_of(parts):  # what cannot be read shall be found here
+            _ = urlsplit(f"//{host}").port
     except ValueError:
         # Without the text of the error, which holds parts of the URL.
         raise SetupError(
@@ -22,6 +23,11 @@ def _split(url: str) -> SplitResult:
             hint="Write scheme://user:password@host:port, with special characters in user and password as %XX.",
         ) from None
     return parts
+
+
+def hosts_of(parts: SplitResult) -> list[str]:
+    """Each `host:port` of a URL, without credentials: of a cluster, several can be named, with commas between them."""
+    return parts.netloc.rpartition("@")[2].split(",")
 
 
 def credentials_of(url: str) -> tuple[str | None, str | None]:

@@ -27,6 +27,7 @@ from ..protocol.records import (
     InboxPage,
     InstanceRecord,
     NewTask,
+    Reaped,
     Report,
     ReportAnswer,
     SendAnswer,
@@ -248,7 +249,7 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
     async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage:
         return await self._read(queries.pull, task_id, epoch, after)
 
-    async def reap(self, dead_instances: Sequence[str], now: float) -> list[Ticket]:
+    async def reap(self, dead_instances: Sequence[str], now: float) -> Reaped:
         return await self._write(recovery_units.reap, tuple(dead_instances), now)
 
     async def due_tickets(
@@ -272,7 +273,7 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
     async def next_due(self, now: float) -> float | None:
         return await self._read(queries.next_due, now)
 
-    async def reclaim(self, instance_id: str, strays: Sequence[HeldTask], now: float) -> list[Ticket]:
+    async def reclaim(self, instance_id: str, strays: Sequence[HeldTask], now: float) -> Reaped:
         return await self._write(recovery_units.reclaim, instance_id, tuple(strays), now)
 
     async def purge(self, before: float, *, limit: int = 500) -> int:
@@ -300,6 +301,9 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
 
     async def count_tasks(self) -> Mapping[str, Mapping[str, int]]:
         return await self._read(queries.count_tasks)
+
+    async def oldest_queued(self, now: float) -> Mapping[str, float]:
+        return await self._read(queries.oldest_queued, now)
 
 
 def open_store(url: str, **options: Any) -> Store:
