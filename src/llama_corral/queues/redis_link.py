@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import anyio
 import anyio.abc
-from anyio.lowlevel import checkpoint_if_cancelled
 from coredis import exceptions as redis
 
 from ..exceptions import CorralError, QueueUnavailable, SetupError
@@ -25,10 +24,10 @@ from .redis_scripts import Argument
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIME: Final = 5.0
-"""Seconds for a connection to be opened and prepared."""
 ANSWER_TIME: Final = 10.0
 """Seconds after which a server that does not answer counts as lost."""
+LEAST_ANSWER_TIME: Final = 2.0
+"""Seconds that a request gets however little patience is left."""
 PING_PERIOD: Final = 15.0
 """Seconds between two looks whether an idle connection still has somebody at its other end."""
 OLDEST_SERVER: Final = (6, 2)
@@ -94,10 +93,11 @@ class RedisLink:
                 try:
                     await self._live(task_status)
                 except (redis.RedisError, OSError, CorralError) as error:
-                    # coredis puts its own error in the place of a cancellation that comes while it connects.
-                    await checkpoint_if_cancelled()
                     self._reason = error
-                failures = 1 if anyio.current_time() - begun >= self._backoff.healthy_after else failures + 1
+                    failures += 1
+                else:
+                    is_healthy = anyio.current_time() - begun >= self._backoff.healthy_after
+                    failures = 1 if is_healthy else failures + 1
                 delay = self._backoff.delay(failures)
                 if self.reconnects < 0:
                     trouble = self.trouble()
@@ -111,11 +111,10 @@ class RedisLink:
         """One connection, from its opening to its end."""
         lost = anyio.Event()
         async with open_support_group() as group:
-            with anyio.fail_after(CONNECT_TIME):
-                connection = await group.start(self._run, lost, name=f"Redis connection ({self._name})")
-                check_version(connection)
-                if self._prepare is not None:
-                    await self._prepare(connection)
+            connection = await group.start(self._run, lost, name=f"Redis connection ({self._name})")
+            check_version(connection)
+            if self._prepare is not None:
+                await self._prepare(connection)
             self.connection, self._reason = connection, None
             self.reconnects += 1
             if self.reconnects:
@@ -192,7 +191,7 @@ class RedisLink:
             connection = self.connection or await self.wait_open(deadline)
             begun = anyio.current_time()
             try:
-                timeout = max(0.1, min(ANSWER_TIME, deadline - begun))
+                timeout = min(ANSWER_TIME, max(LEAST_ANSWER_TIME, deadline - begun))
                 return await connection.create_request(command, *arguments, timeout=timeout)
             except LOST as error:
                 if not isinstance(error, TimeoutError) or anyio.current_time() - begun >= ANSWER_TIME:
@@ -251,7 +250,7 @@ def explain(error: BaseException, address: RedisAddress) -> CorralError:
         return SetupError(f"Redis at {address}: {error}", **where)
     if isinstance(error, redis.ResponseError):
         return QueueUnavailable(f"Redis at {address} cannot do it: {error}", **where)
-    reason = f"{type(root).__name__} {root}".rstrip()
+    reason = "no answer" if isinstance(error, TimeoutError) else f"{type(root).__name__} {root}".rstrip()
     return QueueUnavailable(f"Redis at {address} is away: {reason}", **where)
 
 
