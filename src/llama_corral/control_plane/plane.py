@@ -105,11 +105,13 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         self._alone = alone
         self._reports = MessageReports(store, self._effects, now)
         self._upkeep = Upkeep(store, queue, registry, self._effects, self._reports, self._leases, config, now)
-        self._acceptance = Acceptance(store, registry, self._effects, config, now)
-        self._inbound = Inbound(queue, config.topic_namespace, self._effects.publisher_id, self.process_message)
+        self._acceptance = Acceptance(store, registry, self._effects, config, now, alone=alone)
+        self._inbound = Inbound(
+            queue, config.topic_namespace, self._effects.publisher_id, self._effects.peers, self.process_message
+        )
         self._dead_letters = DeadLetters(store, queue, config.topic_namespace, now)
         self.sessions = Sessions(store, self._effects, now)
-        self.services = Services(store, registry, now)
+        self.services = Services(store, registry, self._effects, now)
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self, None]:
@@ -120,8 +122,9 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
             support.start_soon(self._upkeep.backstop_forever, name="backstop")
             support.start_soon(self._upkeep.alarm_forever, name="alarm")
             support.start_soon(self._reap, name="reaper")
+            support.start_soon(self._upkeep.listen_forever, name="other control planes")
             if not self._alone:
-                support.start_soon(self._upkeep.listen_forever, name="other control planes")
+                support.start_soon(self._upkeep.announce_forever, name="word to other control planes")
             support.start_soon(self._inbound.consume_forever, name="messages of services")
             support.start_soon(self._dead_letters.consume_forever, name="dead letters")
             if self.config.retention:
@@ -130,6 +133,7 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
                 yield self
             finally:
                 self.draining = True
+                self._effects.tell_others("left")
                 self._effects.close()
 
     async def _reap(self) -> None:
@@ -305,6 +309,8 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
             payload = local.check_event(payload)
         else:
             service = await self._store.get_service(record.service_name)
+            if service is not None:
+                self._registry.learn(service)
             payload = checks.check_event(None if service is None else service.events, payload)
         with anyio.CancelScope(shield=True):
             answer = await self._store.send(task_id, payload, self._now())
@@ -352,9 +358,17 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         """Messages that nobody could read or handle, newest first, from the one before number `before` on."""
         return await self._store.list_dead_letters(before=before, limit=limit)
 
-    def open_log(self, task_id: str, start: int = 0, *, drain: Any = None) -> LogReader:
+    def open_log(self, task_id: str, start: int = 0, *, drain: Any = None, statuses: bool = False) -> LogReader:
         """The task's events from `start` to the terminal record, as they come: see `events.read_log`."""
-        return read_log(self._store, self._effects.changes, task_id, start, drain=drain)
+        return read_log(
+            self._store,
+            self._effects.changes,
+            task_id,
+            start,
+            drain=drain,
+            backstop=self.config.backstop_interval,
+            statuses=statuses,
+        )
 
     async def wait_result(
         self,
@@ -368,7 +382,9 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         Raises:
             NotFound: there is no such task, or it was deleted meanwhile.
         """
-        return await wait_terminal(self._store, self._effects.changes, task_id, timeout, drain=drain)
+        return await wait_terminal(
+            self._store, self._effects.changes, task_id, timeout, drain=drain, backstop=self.config.backstop_interval
+        )
 
     # Messages of services that report by messages
 

@@ -83,16 +83,17 @@ class ServerProcess(Child):
         user = self.user if self.user is not None and os.geteuid() == 0 else ""
         return [sys.executable, "-c", _KEEPER, user, self.binary, *self.arguments()]
 
+    async def wait_ready(self) -> None:
+        # A busy machine may run the server before its keeper gets to say whom it keeps, and then nobody could kill it.
+        await self.wait_output(_KEPT)
+        await super().wait_ready()
+
     @property
     def pid(self) -> int:
         """Of the server itself, not of the process that keeps it."""
         found = _KEPT.search(self.output)
         assert found is not None, f"{self.name} is not ready"
         return int(found[1])
-
-    async def wait_ready(self) -> None:
-        await self.wait_output(_KEPT)  # a quick server is ready before its keeper has said whom it keeps
-        await super().wait_ready()
 
     def send_signal(self, number: signal.Signals) -> None:
         if self.running and _KEPT.search(self.output):
