@@ -16,7 +16,7 @@ from pathlib import Path
 
 import anyio
 import pytest
-from anyio.abc import SocketAttribute, SocketStream
+from anyio.abc import SocketAttribute, SocketStream, TaskStatus
 
 from llama_corral.aio import hosted_tasks, open_asyncio_loop
 from llama_corral.exceptions import QueueUnavailable, SetupError
@@ -67,9 +67,9 @@ async def test_a_server_that_lost_its_data(server: NatsServer) -> None:
     got: list[int] = []
     async with nats_queue(server.url, patience=10) as queue, anyio.create_task_group() as tasks:
 
-        async def work(group: str) -> None:
+        async def work(group: str, *, task_status: TaskStatus[None]) -> None:
             async with queue.consumer("t", group) as consumer:
-                ready.append(group)
+                task_status.started()
                 while True:
                     got.extend(await take(consumer, 1, seconds=30))
 
@@ -79,9 +79,8 @@ async def test_a_server_that_lost_its_data(server: NatsServer) -> None:
                     await queue.publish(numbered(number), "t")
                     await anyio.wait_all_tasks_blocked()
 
-        ready: list[str] = []
         for group in "ab":
-            tasks.start_soon(work, group)
+            await tasks.start(work, group)
         await arrive(1)
         server.kill()
         await server.wait_exit()
@@ -90,7 +89,10 @@ async def test_a_server_that_lost_its_data(server: NatsServer) -> None:
         await arrive(2)
         async with client(server.url) as raw:
             assert (await raw.call("$JS.API.STREAM.DELETE.corral"))["success"]
-        await arrive(3)
+            await arrive(3)
+            # Who publishes from elsewhere may know it like this.
+            group_b = await raw.call("$JS.API.CONSUMER.INFO.corral.t+b")
+            assert group_b["config"]["filter_subject"] == "corral.q.t.b"
         tasks.cancel_scope.cancel()
 
 
