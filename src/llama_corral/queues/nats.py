@@ -14,7 +14,6 @@ from typing import Any, Final, Self, TypeVar
 from uuid import uuid4
 
 import anyio
-from anyio.lowlevel import checkpoint
 
 from ..abc import MessageQueue
 from ..aio import Bell
@@ -186,7 +185,6 @@ class NatsMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # type: i
     # Tickets
 
     async def publish(self, message: QueueMessage, topic: str) -> None:
-        await checkpoint()
         self._number += 1
         publication = _Publication(self.stream, topic, _encode(message), f"{self._id}.{self._number}")
         try:
@@ -212,7 +210,6 @@ class NatsMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # type: i
     # Broadcasts
 
     async def broadcast(self, message: QueueMessage, topic: str) -> None:
-        await checkpoint()
         body, subject = _encode(message), self.stream.broadcast_subject(topic)
 
         async def send(connection: NatsConnection) -> None:
