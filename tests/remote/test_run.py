@@ -139,7 +139,7 @@ async def test_the_handler_is_upstreams(url: str, flavour: Any) -> None:
         assert handler.get_stop_event() is None
         events = handler.stream_events()
         assert isinstance(await anext(events), Question)
-        with pytest.raises(BadInput, match="knows no event|does not know"):
+        with pytest.raises(BadInput, match=r"does not know an event"):
             await handler.send_event(Approval(by="nobody"))
         with pytest.raises(BadInput, match="not to a step"):
             await handler.send_event(HumanResponseEvent(response="so"), step="take")
