@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,12 +86,11 @@ def open_stack(name: str, service: str, workers: int) -> AbstractContextManager[
 
 @contextmanager
 def _open_with_broker(broker: str, target: str, workers: int) -> Iterator[servers.Stack]:
-    with ExitStack() as stack:
-        database = stack.enter_context(brokers.open_database())
-        namespace = stack.enter_context(brokers.open_namespace(broker))
-        options = ("--queue", brokers.url_of(broker), "--store", database)
-        environment = {"CONTROL_PLANE_TOPIC_NAMESPACE": namespace}
-        yield stack.enter_context(servers.open_stack(target, workers, core_options=options, environment=environment))
+    with brokers.open_schema() as store, brokers.open_place(broker) as place:
+        options = ("--queue", place.url, "--store", store)
+        environment = {"CONTROL_PLANE_TOPIC_NAMESPACE": place.namespace}
+        with servers.open_stack(target, workers, core_options=options, environment=environment) as running:
+            yield running
 
 
 def run_rounds(
