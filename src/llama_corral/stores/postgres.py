@@ -22,6 +22,7 @@ batch by their ids, then tasks by theirs. What comes out of order is rare; the s
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -34,7 +35,7 @@ from ..exceptions import CorralError, StoreError, StoreUnavailable
 from ..protocol.records import EventRecord
 from ..protocol.sealing import Sealer
 from . import postgres_schema
-from .postgres_server import Link, Server
+from .postgres_server import Link, Server, hint_of
 from .statements import Statements, Taking, statements_for
 from .transaction import Durability, Names, Row, Transaction
 
@@ -44,6 +45,7 @@ PATIENCE: Final = 2.0
 """Seconds that callers wait for a server that has just gone; later ones are told at once that it is away."""
 PAUSE: Final = 0.1
 LONGEST_PAUSE: Final = 2.0
+_TRIED_AGAIN: Final = "It is looked for every few seconds."
 
 _VICTIMS: Final = (errors.DeadlockDetected, errors.SerializationFailure, errors.LockNotAvailable)
 
@@ -120,17 +122,17 @@ class PostgresConnection:
 
     def __init__(self, database: PostgresDatabase) -> None:
         self._database = database
-        self._ends_at: float | None = None
+        self._ends_at = math.inf
         self._down_since: float | None = None
         self._next_attempt = 0.0
         self._pause = PAUSE
-        self._why = ""
+        self._why = "it was closed"
+        self._away = StoreUnavailable("The store is away.", hint=_TRIED_AGAIN)
         self._use(database.link())
 
     def _use(self, link: Link) -> None:
         self._link = link
-        if self._ends_at is not None:
-            link.ends_at = self._ends_at
+        link.ends_at = self._ends_at
         self._cursor = link.cursor()
         self._tx = SharedTransaction(self._cursor, self._database.sql, self._database.sealer)
 
@@ -165,9 +167,10 @@ class PostgresConnection:
         try:
             self._cursor.execute(b"COMMIT")
         except psycopg.Error as error:
-            if self._link.closed:
-                raise CommitInDoubtError from error
-            raise
+            if not self._link.closed:
+                raise
+            self._why = self._database.server.why(error)
+            raise CommitInDoubtError from error
         if self._cursor.statusmessage != "COMMIT":
             raise errors.InFailedSqlTransaction("the server has rolled back instead of committing")
 
@@ -201,7 +204,12 @@ class PostgresConnection:
     def may_pass(self, error: Exception) -> bool:
         if isinstance(error, errors.ReadOnlySqlTransaction):
             self._link.close()  # it is not the primary any more; another server may be, at the next connection
-        return isinstance(error, psycopg.Error) and (isinstance(error, _VICTIMS) or self._link.closed)
+        if not isinstance(error, psycopg.Error):
+            return False
+        if self._link.closed:
+            self._why = self._database.server.why(error)
+            return True
+        return isinstance(error, _VICTIMS)
 
     def translate(self, error: Exception) -> CorralError | None:
         if isinstance(error, CommitInDoubtError):
@@ -219,26 +227,30 @@ class PostgresConnection:
         now = time.monotonic()
         if self._down_since is None:
             self._down_since, self._next_attempt, self._pause = now, 0.0, PAUSE
-            logger.warning("the connection to the store was lost")
-        if now < self._next_attempt:
-            raise StoreUnavailable(self._why, hint="It is tried again.")
-        while True:
+            logger.warning("the connection to the store was lost: %s", self._why)
+        while now >= self._next_attempt and now < self._ends_at:
             try:
                 self._use(self._database.link())
             except (psycopg.Error, StoreError) as error:
-                told = error if isinstance(error, StoreError) else self._database.server.unusable(error)
-                self._why = told.message
+                self._away = self._told_of(error)
                 now = time.monotonic()
-                last = min(self._down_since + PATIENCE, self._ends_at or now + PATIENCE)
-                if told is error or now + self._pause > last:
+                if isinstance(error, psycopg.Error) and now < self._down_since + PATIENCE:
+                    time.sleep(self._pause)
+                else:
                     self._next_attempt = now + self._pause
                     self._pause = min(2 * self._pause, LONGEST_PAUSE)
-                    raise StoreUnavailable(self._why, hint=told.hint) from error
-                time.sleep(self._pause)
+                now = time.monotonic()
             else:
                 logger.info("connected to the store again, after %.1f s", time.monotonic() - self._down_since)
                 self._down_since = None
                 return
+        raise StoreUnavailable(self._away.message, hint=self._away.hint)
+
+    def _told_of(self, error: psycopg.Error | StoreError) -> StoreUnavailable:
+        if isinstance(error, StoreError):
+            return StoreUnavailable(error.message, hint=error.hint)
+        why = self._database.server.why(error)
+        return StoreUnavailable(f"The store is away: {why}", hint=hint_of(error) or _TRIED_AGAIN)
 
     # Closing
 

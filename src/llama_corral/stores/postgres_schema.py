@@ -21,6 +21,11 @@ _ALONE: Final = f"SELECT pg_advisory_xact_lock({_KEY.format('/setup')})"
 _NOBODY_ELSE: Final = f"SELECT pg_advisory_xact_lock({_KEY.format('/use')})"
 _IN_USE: Final = f"SELECT pg_try_advisory_lock_shared({_KEY.format('/use')})"
 
+# Not to_regclass: it remembers what was not there before we waited for whoever was creating it.
+_IS_THERE: Final = """
+SELECT 1 FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+WHERE relname = 'corral_meta' AND nspname = ANY (current_schemas(false))
+"""
 _LOCK_TIME: Final = "30s"
 
 
@@ -105,8 +110,7 @@ def _check_server(link: Link) -> None:
 
 def _version(link: Link) -> int | None:
     """None where there are no tables of ours."""
-    row = link.execute("SELECT to_regclass('corral_meta')").fetchone()
-    if row is None or row[0] is None:
+    if link.execute(_IS_THERE).fetchone() is None:
         return None
     try:
         row = link.execute(statements_for("postgresql").get_meta.encode(), {"key": "schema_version"}).fetchone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import struct
 import time
 from collections.abc import Generator, Mapping
 from typing import Any, Final, TypeVar
@@ -147,7 +148,9 @@ class Server:
 
     def why(self, error: psycopg.Error) -> str:
         """What the error says, on one line and without the password."""
-        text = " ".join((error.diag.message_primary or str(error)).split())
+        text = error.diag.message_primary or str(error)
+        # The lines of libpq that are indented say what else may be the matter.
+        text = " ".join(line.strip() for line in text.splitlines() if not line.startswith("\t"))
         password = self._parameters.get("password")
         if password:
             text = text.replace(str(password), "***")
@@ -155,19 +158,19 @@ class Server:
 
     def unusable(self, error: psycopg.Error) -> StoreError:
         """Why the store cannot be opened."""
-        told = StoreError(
+        return StoreError(
             f"The store cannot be used: {self.why(error)}",
             hint=hint_of(error) or "Is the server running there, and are host, port and database right?",
         )
-        told.__cause__ = error
-        return told
 
     def translate(self, error: Exception) -> CorralError | None:
         """What a caller is told of an error of psycopg; None where it is a fault of ours."""
         if isinstance(error, (psycopg.DataError, errors.ProgramLimitExceeded)):
             # NUL in a text, a number beyond 64 bits, a key that is too long for an index.
             return BadInput(f"A value cannot be stored: {self.why(error)}")
-        if isinstance(error, (UnicodeEncodeError, OverflowError)):  # a lone surrogate, a number beyond 64 bits
+        if isinstance(
+            error, (UnicodeEncodeError, OverflowError, struct.error)
+        ):  # a lone surrogate, a number beyond 64 bits
             return BadInput(f"A value cannot be stored: {error}")
         if isinstance(error, psycopg.IntegrityError) or not isinstance(error, psycopg.Error):
             return None

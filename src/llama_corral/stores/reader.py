@@ -96,20 +96,20 @@ class Reader:
 
     def _answer(self, batch: list[Work[Any]]) -> None:
         connection = self._connection
-        for attempt in range(ATTEMPTS):
-            batch = [work for work in batch if not work.has_outcome]
+        attempts = ATTEMPTS
+        while batch:
             try:
                 self._read(batch)
                 return
             except Exception as error:
-                passes = connection.may_pass(error) and attempt + 1 < ATTEMPTS
+                attempts -= 1
+                passes = connection.may_pass(error) and attempts > 0
                 connection.rollback()
-                if passes:
-                    continue
-                for work in batch:
-                    if not work.has_outcome:
-                        work.fail(explain(connection, error))
-                return
+                batch = [work for work in batch if not work.has_outcome]
+                for work in () if passes else batch:
+                    work.fail(explain(connection, error))
+                if not passes:
+                    return
 
     def _read(self, batch: list[Work[Any]]) -> None:
         """Raises what keeps the rest of the batch from being read."""

@@ -69,6 +69,10 @@ def steps_from(found: int, dialect: str) -> list[str]:
     steps: list[str] = []
     for version in range(found, tables.SCHEMA_VERSION):
         if version not in MIGRATIONS[dialect]:
-            raise StoreError(f"The store has schema version {found}, from which no migration is known.", found=found)
+            raise StoreError(
+                f"The store has schema version {found}, from which no migration is known.",
+                hint="Restore it from a backup, or start with an empty store.",
+                found=found,
+            )
         steps += MIGRATIONS[dialect][version]
     return steps
