@@ -73,7 +73,8 @@ class RedisLink:
         self._serve = serve
         self._pinged = pinged
         self._backoff = Backoff(initial=0.05, maximum=2.0, healthy_after=5.0)
-        self._scope = anyio.CancelScope()
+        self._scope: anyio.CancelScope | None = None
+        self._closed = False
         self._up = anyio.Event()
         self._reason: BaseException | None = None
 
@@ -86,7 +87,9 @@ class RedisLink:
             QueueUnavailable: it could not be opened within `patience` seconds.
             SetupError: it never will be: wrong password, wrong certificate, a server too old.
         """
-        with self._scope:
+        if self._closed:
+            raise self.trouble()
+        with anyio.CancelScope() as self._scope:
             failures, give_up = 0, anyio.current_time() + self._patience
             while True:
                 begun = anyio.current_time()
@@ -148,8 +151,10 @@ class RedisLink:
 
     def close(self) -> None:
         """End it. Whoever waits for it is told."""
-        self._scope.cancel()
+        self._closed = True
         self._up.set()
+        if self._scope is not None:
+            self._scope.cancel()
 
     def drop(self, connection: Connection, reason: BaseException) -> None:
         """Do not use this connection any more; open another one."""
@@ -172,7 +177,7 @@ class RedisLink:
             QueueUnavailable: closed, or it is away beyond the deadline.
         """
         with anyio.CancelScope(deadline=deadline):
-            while not self._scope.cancel_called:
+            while not self._closed:
                 if self.connection is not None:
                     return self.connection
                 await self._up.wait()
@@ -205,7 +210,7 @@ class RedisLink:
 
     def trouble(self) -> CorralError:
         """Why there is no connection."""
-        if self._scope.cancel_called:
+        if self._closed:
             return QueueUnavailable("The queue is closed", hint="Use it inside its `async with` block.")
         return explain(self._reason or TimeoutError("no answer"), self.address)
 

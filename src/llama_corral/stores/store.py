@@ -225,8 +225,10 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
     # The life of a task
 
     async def accept(self, task: NewTask, claim: ClaimRequest | None = None) -> Accepted:
-        # Without its own id: tasks that come together stay in their order.
-        names = NAMELESS if task.session_id is None else Names(sessions=(task.session_id,))
+        # In a session, tasks that come together stay in their order; so do those whose ids nobody else can have.
+        names = NAMELESS if task.digest is None else Names(task.task_id)
+        if task.session_id is not None:
+            names = Names(sessions=(task.session_id,))
         return await self._write(accept_units.accept, task, claim, names=names)
 
     async def claim(self, request: ClaimRequest) -> Claim | None:
