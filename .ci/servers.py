@@ -11,6 +11,7 @@ A server that answers at its default address is used as it is. Where the variabl
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -181,6 +182,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.disable()  # clients log what is said below in one line
     try:
         anyio.run(main)
     except* MissingError as missing:
