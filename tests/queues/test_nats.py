@@ -13,8 +13,8 @@ import pytest
 from llama_corral.exceptions import BadInput, QueueUnavailable, TooLarge
 from llama_corral.protocol import topics
 from llama_corral.protocol.messages import QueueMessage
-from llama_corral.queues import nats_link
-from llama_corral.queues.nats_link import Pending
+from llama_corral.queues import nats_connection
+from llama_corral.queues.nats_connection import Pending
 from llama_corral.queues.nats_stream import token_of
 from llama_corral.testing.brokers import BrokerContract
 from llama_corral.testing.children import Child
@@ -111,7 +111,7 @@ async def test_topics_are_any_text(server: NatsServer) -> None:
 @pytest.mark.promise("P2")
 async def test_a_repeated_publish_is_one_message(server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server took it, and its answer was lost."""
-    monkeypatch.setattr(nats_link, "ANSWER_TIME", 0.3)
+    monkeypatch.setattr(nats_connection, "ANSWER_TIME", 0.3)
     async with nats_queue(server.url) as queue, queue.consumer("t") as consumer:
         await queue.publish(numbered(0), "t")
         connection = queue.link.connection

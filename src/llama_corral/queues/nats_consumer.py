@@ -24,7 +24,8 @@ from ..aio import Bell
 from ..exceptions import CorralError, QueueUnavailable, SetupError
 from ..protocol.messages import QueueMessage
 from ..supervision import Backoff
-from .nats_link import Away, NatsConnection, NatsLink, status_of
+from .nats_connection import Away, NatsConnection, status_of
+from .nats_link import NatsLink
 from .nats_stream import ConsumerName, Stream, nanoseconds
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from urllib.parse import quote
 from nats.aio.msg import Msg
 
 from ..exceptions import QueueUnavailable, SetupError, TooLarge
-from .nats_link import Away, NatsConnection, NoResponders, Pending
+from .nats_connection import Away, NatsConnection, NoResponders, Pending
 
 logger = logging.getLogger(__name__)
 
