@@ -5,4 +5,5 @@ from __future__ import annotations
 from .base import ServerMissingError as ServerMissingError
 from .base import ServerProcess as ServerProcess
 from .nats import NatsServer as NatsServer
+from .postgres import PostgresServer as PostgresServer
 from .redis import RedisServer as RedisServer
