@@ -115,7 +115,9 @@ class TestContract(BrokerContract):
     def topic(self, name: str = "numbered") -> str:
         topic = super().topic(name)
         dead = f"{topic.removesuffix('.numbered')}.dead_letter"
-        self.queues += [queue_name(each, group) for each in (topic, dead) for group in ("default", "a", "b", "stays", "leaves")]
+        self.queues += [
+            queue_name(each, group) for each in (topic, dead) for group in ("default", "a", "b", "stays", "leaves")
+        ]
         self.topics.append(topic)
         return topic
 

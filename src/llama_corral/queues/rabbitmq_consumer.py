@@ -14,25 +14,22 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import anyio
-from aio_pika.abc import AbstractChannel
-from aiormq.abc import AbstractChannel as ClientChannel
 from aiormq.abc import DeliveredMessage
-from anyio.lowlevel import checkpoint
 from pydantic import ValidationError
 
-from ..abc import Consumer, Delivery, Subscription
+from ..abc import Consumer, Delivery
 from ..aio import Bell
 from ..aio.client import AsyncioSide
 from ..exceptions import CorralError, QueueUnavailable
 from ..protocol.messages import QueueMessage
 from ..supervision import Backoff
 from .rabbitmq_link import CLOSING_TIME, TROUBLE, RabbitMQConnection, RabbitMQLink, explain
-from .rabbitmq_topology import BROADCAST, declare_group, topic_key
+from .rabbitmq_subscription import ReceivingChannel
+from .rabbitmq_topology import declare_group
 
 logger = logging.getLogger(__name__)
 
@@ -63,69 +60,10 @@ class ConsumerHost(Protocol):
         """Put what nobody can read into the dead letters."""
 
 
-class _Channel:
-    """A channel on the asyncio side, with what was received over it and is not settled. Closing it gives that back."""
-
-    def __init__(self, connection: RabbitMQConnection, queue: str, on_lost: Callable[[], None]) -> None:
-        self.connection = connection
-        self.queue = queue
-        self.is_lost = False
-        self._on_lost = on_lost
-        self._prefetch = 0
-        self._channel: AbstractChannel | None = None
-
-    async def open(self) -> None:
-        self._channel = await self.connection.open_channel(on_lost=self._lose)
-
-    async def subscribe(self, hear: Callable[[DeliveredMessage], Any], prefetch: int) -> str:
-        client = await self._client()
-        if prefetch != self._prefetch:
-            await client.basic_qos(prefetch_count=prefetch)
-            self._prefetch = prefetch
-        answer = await client.basic_consume(self.queue, hear)
-        return answer.consumer_tag or ""
-
-    async def listen(self, topic: str, buffer: int, hear: Callable[[DeliveredMessage], Any]) -> None:
-        """Hear the broadcasts to a topic, by a queue that ends with the channel."""
-        assert self._channel is not None
-        arguments: dict[str, Any] = {"x-max-length": buffer, "x-overflow": "drop-head"}
-        queue = await self._channel.declare_queue(self.queue, exclusive=True, auto_delete=True, arguments=arguments)
-        await queue.bind(BROADCAST, topic_key(topic))
-        await (await self._client()).basic_consume(self.queue, hear, no_ack=True)
-
-    async def unsubscribe(self, tag: str) -> None:
-        """Returns when the last message was heard that the server had sent."""
-        await (await self._client()).basic_cancel(tag)
-
-    async def settle(self, tag: int, is_ack: bool) -> None:
-        # Not for aio-pika's message: it waits until each of its acks is on the wire.
-        with suppress(*TROUBLE):  # then the message comes again
-            client = await self._client()
-            if is_ack:
-                await client.basic_ack(tag, wait=False)
-            else:
-                await client.basic_nack(tag, requeue=True, wait=False)
-
-    async def close(self) -> None:
-        self.is_lost = True
-        if self._channel is not None:
-            with suppress(*TROUBLE):
-                await self._channel.close()
-
-    async def _client(self) -> ClientChannel:
-        assert self._channel is not None
-        return await self._channel.get_underlay_channel()
-
-    def _lose(self) -> None:
-        if not self.is_lost:
-            self.is_lost = True
-            self._on_lost()
-
-
 class _Subscription:
     """One consumer at the server, on a channel. `ahead`: it stays while its messages are taken quickly."""
 
-    def __init__(self, channel: _Channel, prefetch: int, *, ahead: bool) -> None:
+    def __init__(self, channel: ReceivingChannel, prefetch: int, *, ahead: bool) -> None:
         self.channel = channel
         self.prefetch = prefetch
         self.ahead = ahead
@@ -208,7 +146,7 @@ class RabbitMQConsumer(Consumer):
         """How many messages somebody waits for."""
         self._left = False
         self._news = asyncio.Event()
-        self._channel: _Channel | None = None
+        self._channel: ReceivingChannel | None = None
         self._subscription: _Subscription | None = None
         self._backoff = Backoff(initial=0.05, maximum=2.0)
         self._failures = 0
@@ -350,12 +288,13 @@ class RabbitMQConsumer(Consumer):
                 await self._wait_news()
                 return
             await self._attach(connection)
-        channel = self._channel
-        assert channel is not None
+        channel, wanted = self._channel, self._wanted
+        if channel is None or not wanted:
+            return
         ahead = min(self._host.prefetch, self._pace.taken_within(LINGER / 2))
-        subscription = _Subscription(channel, max(ahead, self._wanted), ahead=ahead > self._wanted)
+        subscription = _Subscription(channel, max(ahead, wanted), ahead=ahead > wanted)
 
-        async def hear(raw: DeliveredMessage) -> None:
+        async def hear(raw: DeliveredMessage) -> None:  # noqa: ASYNC124 - the client awaits it
             self._hear(_Arrived(raw, subscription))
 
         tag = await channel.subscribe(hear, subscription.prefetch)
@@ -413,7 +352,7 @@ class RabbitMQConsumer(Consumer):
     async def _attach(self, connection: RabbitMQConnection) -> None:
         await self._detach()
         name = await declare_group(connection, self._topic, self._group, self._host.max_messages)
-        self._channel = channel = _Channel(connection, name, self.change)
+        self._channel = channel = ReceivingChannel(connection, name, self.change)
         await channel.open()
 
     async def _detach(self) -> None:
@@ -426,77 +365,3 @@ class RabbitMQConsumer(Consumer):
         if self._feeder is not None:
             await asyncio.wait([self._feeder])
         await self._detach()
-
-
-class RabbitMQSubscription(Subscription):
-    """Made by `RabbitMQMessageQueue.subscribe`. `lost` counts what fell out of the full ring here; what a connection cannot
-    carry in time falls out at the server."""
-
-    def __init__(self, topic: str, name: str, buffer: int, check_open: Callable[[], None]) -> None:
-        self.lost = 0
-        self._topic = topic
-        self._name = name
-        self._ring: deque[QueueMessage] = deque(maxlen=buffer)
-        self._check_open = check_open
-        self._bell = Bell()
-        self._channel: _Channel | None = None
-        self._left = False
-
-    async def receive(self) -> QueueMessage:
-        await checkpoint()
-        while True:
-            self._check_open()
-            if self._left:
-                raise QueueUnavailable(f"The subscription to {self._topic!r} is closed", topic=self._topic)
-            if self._channel is None or self._channel.is_lost:
-                raise QueueUnavailable(
-                    f"The connection of the subscription to {self._topic!r} was lost",
-                    hint="Subscribe again, then look at the state: messages may have been missed.",
-                    topic=self._topic,
-                )
-            if self._ring:
-                return self._ring.popleft()
-            await self._bell.wait()
-
-    async def open(self, connection: RabbitMQConnection) -> None:
-        """Begin to listen. Raises Away and SetupError."""
-        await connection.call(self._listen, connection)
-
-    def close(self) -> None:
-        """Hear nothing more, and send its waiting tasks away."""
-        self._left = True
-        self._ring.clear()
-        self._bell.ring()
-
-    async def leave(self) -> None:
-        """`close`, and tell the server. Bounded."""
-        self.close()
-        channel = self._channel
-        if channel is not None and not channel.is_lost:
-            with anyio.move_on_after(CLOSING_TIME, shield=True), suppress(*TROUBLE):
-                await channel.connection.call(channel.close)
-                return
-            channel.connection.drop()
-
-    # On the asyncio side
-
-    async def _listen(self, connection: RabbitMQConnection) -> None:
-        assert self._ring.maxlen is not None
-        channel = _Channel(connection, self._name, self._bell.ring)
-        try:
-            await channel.open()
-            await channel.listen(self._topic, self._ring.maxlen, self._hear)
-        except BaseException:
-            await channel.close()  # noqa: ASYNC102 - its caller is bounded
-            raise
-        self._channel = channel
-
-    async def _hear(self, raw: DeliveredMessage) -> None:
-        try:
-            heard = QueueMessage.model_validate_json(raw.body)
-        except ValidationError as error:
-            logger.warning("a broadcast to %s that nobody can read: %s", self._topic, error)
-            return
-        self.lost += len(self._ring) == self._ring.maxlen
-        self._ring.append(heard)
-        self._bell.ring()

@@ -14,8 +14,10 @@ from .base import ServerProcess, free_port
 
 
 class RabbitMQServer(ServerProcess):
-    """Keeps what is durable over a restart. Its name, ports, folders, plugins (none) and cookie are its own; with other nodes
-    of the machine it shares only Erlang's port mapper, which stays when it ends.
+    """Keeps what is durable over a restart. Its name, ports, folders, plugins (none) and cookie are its own; with other
+    nodes of the machine it shares only Erlang's port mapper, which stays when it ends.
+
+    Killed within half a second after a quorum queue was declared, it has lost that queue, and does not find a leader for it.
 
     Args:
         settings: Lines of its `rabbitmq.conf`, beside the address.
