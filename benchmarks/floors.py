@@ -161,7 +161,8 @@ async def _redis(url: str, name: str) -> AsyncIterator[Carrier]:
     import coredis
 
     names = itertools.count()
-    async with coredis.Redis.from_url(url) as client:
+    client: coredis.Redis[bytes] = coredis.Redis.from_url(url)
+    async with client:
         await client.xgroup_create(name, "group", identifier="0", mkstream=True)
 
         async def publish(body: bytes) -> None:

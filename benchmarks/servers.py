@@ -176,19 +176,15 @@ class _Started:
     log: Path
 
 
-@dataclass(frozen=True, slots=True)
-class _Started:
-    process: subprocess.Popen[bytes]
-    log: Path
-
-
 @contextmanager
 def _open_process(
     command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[_Started]:
     """It is stopped, if need be by force, when the block is left."""
     log = folder / "output.txt"
-    env = {name: value for name, value in os.environ.items() if not name.startswith("CORRAL_")} | (environment or {})
+    env = {name: value for name, value in os.environ.items() if not name.startswith("CORRAL_")} | dict(
+        environment or {}
+    )
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT)
     try:

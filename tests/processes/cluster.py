@@ -35,7 +35,11 @@ SECRET = {"CORRAL_STATE_SECRET": "sixteen letters at least"}
 AT_ONCE = 44
 """More tasks at a time than there are slots: some always wait, and who takes them is a matter of free slots."""
 PAUSE = 0.2
-"""Seconds that a step works: long enough that slots are what is scarce, and not the processor."""
+"""Seconds that a step works."""
+CALM = 56
+"""How many tasks end before the first break: two for each slot."""
+CALM_PAUSE = 0.5
+"""The same before the first break, where it is counted who works: slots are to be scarce, not the processor."""
 PATIENCE = 15
 """How many others end before a person answers."""
 HOP = 3
@@ -100,18 +104,17 @@ class Cluster:
         return self.names[4::10]
 
     async def run_all(self, breaks: Sequence[Break]) -> None:
-        """All tasks, from the first start to the last ending, and the breaks: the first one after a quarter of the tasks,
-        the others evenly spread over what follows."""
+        """All tasks, from the first start to the last ending, and the breaks: the first one after `CALM` endings, the
+        others evenly spread over what follows."""
         async with anyio.create_task_group() as group:
             group.start_soon(self._break_all, breaks)
             for number in range(self.count):
                 group.start_soon(self._run_one, number)
 
     async def _break_all(self, breaks: Sequence[Break]) -> None:
-        calm = self.count // 4
-        every = (self.count * 9 // 10 - calm) / max(1, len(breaks))
+        every = (self.count * 9 // 10 - CALM) / max(1, len(breaks))
         for number, act in enumerate(breaks):
-            await self.progress.wait_count(calm + int(number * every))
+            await self.progress.wait_count(CALM + int(number * every))
             self.broken_at = self.broken_at or time.time()
             await act()
 
@@ -119,10 +122,11 @@ class Cluster:
         name = name_of(number)
         person = number % 10 == 4
         client = self.clients[number % len(self.clients)]
+        pause = CALM_PAUSE if number < CALM else PAUSE
         asked = anyio.Event()
         async with anyio.create_task_group() as group:
             async with self._at_once:
-                await client.start("journey", {"name": name, "pause": PAUSE, "person": person}, task_id=name)
+                await client.start("journey", {"name": name, "pause": pause, "person": person}, task_id=name)
                 group.start_soon(self._see_through, number, asked)
                 await asked.wait()
             if person:

@@ -26,8 +26,9 @@ from ..protocol.topics import DEFAULT_NAMESPACE
 from ..supervision import Backoff, open_support_group
 from .dead_letter import dead_letter
 from .memory import DEFAULT_BROADCAST_BUFFER
+from .nats_address import NatsAddress
 from .nats_consumer import EXTENDED_AFTER, NatsConsumer, NatsSubscription
-from .nats_link import Away, NatsAddress, NatsConnection, NatsLink, NoResponders, Pending
+from .nats_link import Away, NatsConnection, NatsLink, NoResponders, Pending
 from .nats_stream import ApiError, Stream, read_answer, token_of
 from .urls import take_options
 
@@ -293,7 +294,8 @@ class NatsMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # type: i
 
     async def _extend_forever(self) -> None:
         while True:
-            await anyio.sleep(self.lease * EXTENDED_AFTER / 2)
+            shortest = min((consumer.lease for consumer in self._consumers), default=self.lease)
+            await anyio.sleep(min(shortest, self.lease) * EXTENDED_AFTER / 2)
             for consumer in self._consumers:
                 consumer.extend()
 

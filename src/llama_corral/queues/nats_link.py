@@ -12,9 +12,7 @@ import contextlib
 import logging
 import ssl
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Any, Final, Self
-from urllib.parse import parse_qsl, urlsplit
+from typing import Final
 
 import anyio
 import anyio.abc
@@ -22,13 +20,12 @@ from nats import errors as nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from pydantic import SecretStr
 
 from ..aio import SelfCancelled
 from ..aio.client import AsyncioSide
 from ..exceptions import QueueUnavailable, SetupError
 from ..supervision import Backoff
-from .urls import credentials_of, hosts_of
+from .nats_address import NatsAddress
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +33,10 @@ ANSWER_TIME: Final = 5.0
 """Seconds after which a request counts as not answered."""
 CONNECT_TIME: Final = 10.0
 """Seconds for a connection to be opened and prepared, to whichever of the servers."""
+FLUSH_TIME: Final = 5
 CLOSING_TIME: Final = 2.0
+HEALTHY_AFTER: Final = 5.0
+"""Seconds after which the loss of a connection is no failure in a row."""
 SERVER_TIME: Final = 3
 """Seconds that one server gets."""
 PING_PERIOD: Final = 10
@@ -45,7 +45,6 @@ PENDING_BYTES: Final = 4 * 1024 * 1024
 """What may wait in the client for a slow connection."""
 CLIENT_NAME: Final = "llama-corral"
 
-_DEFAULT_PORT: Final = 4222
 _NO_TLS: Final = "the server offers no TLS"
 
 
@@ -55,89 +54,6 @@ class Away(QueueUnavailable):
 
 class NoResponders(Away):
     """The server is there, and nobody at it listens to what was asked."""
-
-
-@dataclass(frozen=True)
-class NatsAddress:
-    """Where the servers are and who we are there. `str` and `repr` say nothing secret."""
-
-    hosts: tuple[str, ...]
-    """`host:port` of each server."""
-    user: str | None = None
-    password: SecretStr | None = None
-    token: SecretStr | None = None
-    creds: str | None = None
-    """The path of a file with a user's JWT and seed."""
-    tls: bool = False
-    """Whether a server without TLS is refused. One that demands it gets it in any case."""
-    context: ssl.SSLContext | None = field(default=None, repr=False)
-
-    @classmethod
-    def from_url(cls, url: str) -> Self:
-        """From `nats://user:password@host:port,host:port`; `tls://` demands TLS. A user without a password is a token.
-        Options: `creds` (path of a credentials file), `ca` (path of the certificates to trust).
-
-        Raises:
-            SetupError: something in it cannot be used. The text never repeats the URL.
-        """
-        user, password = credentials_of(url)
-        parts = urlsplit(url)
-        options = dict(parse_qsl(parts.query, keep_blank_values=True))
-        creds, ca = options.pop("creds", None), options.pop("ca", None)
-        if options or parts.path.strip("/"):
-            what = f"option {min(options)!r}" if options else "path"
-            raise SetupError(
-                f"A NATS queue has no {what}",
-                hint="Its options are lease, max_messages, patience, replicas, stream, domain, broadcast_buffer, creds, ca.",
-            )
-        hosts = tuple(_with_port(host) for host in hosts_of(parts))
-        if user is None or password is None:
-            token = user or password
-            user, password = None, None
-        else:
-            token = None
-        return cls(
-            hosts=hosts,
-            user=user,
-            password=None if password is None else SecretStr(password),
-            token=None if token is None else SecretStr(token),
-            creds=creds,
-            tls=parts.scheme == "tls",
-            context=None if ca is None else _trusting(ca),
-        )
-
-    def __str__(self) -> str:
-        return ", ".join(self.hosts)
-
-    def options(self) -> dict[str, Any]:
-        """For the client's `connect`."""
-        found: dict[str, Any] = {
-            # Not the credentials: in the URLs, servers that the cluster names would not get them.
-            "servers": [f"{'tls' if self.tls else 'nats'}://{host}" for host in self.hosts],
-            "user": self.user,
-            "password": None if self.password is None else self.password.get_secret_value(),
-            "token": None if self.token is None else self.token.get_secret_value(),
-        }
-        if self.creds is not None:
-            found["user_credentials"] = self.creds
-        if self.context is not None:
-            found["tls"] = self.context
-        return found
-
-
-def _with_port(host: str) -> str:
-    parts = urlsplit(f"//{host}")
-    if not parts.hostname:
-        raise SetupError("The NATS URL names no server", hint="Write nats://host:4222.")
-    name = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{name}:{parts.port or _DEFAULT_PORT}"
-
-
-def _trusting(ca: str) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=ca)
-    except OSError as error:  # it is not there, or holds something else
-        raise SetupError(f"The certificates at {ca} cannot be used: {error}") from error
 
 
 class _Client(Client):
@@ -214,7 +130,7 @@ class NatsConnection:
         self._client.demands_tls = address.tls
         self._on_lost = on_lost
         self._closing = False
-        self._errors: list[Exception] = []
+        self._failure: Exception | None = None
         self._refused: str | None = None
         self._inbox = ""
         self._number = 0
@@ -232,29 +148,28 @@ class NatsConnection:
         """
         try:
             await self._side.call(self._connect)
-        except ModuleNotFoundError as error:
-            raise SetupError(
-                f"A credentials file of NATS needs the package {error.name}",
-                hint="Install it: pip install 'nats-py[nkeys]'.",
-            ) from error
         except (nats.Error, OSError, TimeoutError, SelfCancelled) as error:
-            raise self._explain(error) from error
+            reason = self._failure or error
+            what = f"{type(reason).__name__} {reason}".rstrip()
+            raise Away(f"No NATS server can be reached at {self.address}: {what}") from error
 
-    async def ask(self, subject: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Pending:
-        """Send a request and return at once."""
+    async def ask(self, subject: str | None, body: bytes = b"", headers: dict[str, str] | None = None) -> Pending:
+        """Send a request and return at once. Without a subject it comes back to us, after the server has worked on all
+        that was sent before."""
         self._number += 1
         token = str(self._number)
         pending = self._pending[token] = Pending(self, token)
         try:
             if self.is_lost:
                 raise self.no_answer(lost=True)
-            await self._side.send(self._publish, subject, body, f"{self._inbox}.{token}", headers)
+            inbox = f"{self._inbox}.{token}"
+            await self._side.send(self._publish, subject or inbox, body, inbox, headers)
         except BaseException:
             self.forget(token)
             raise
         return pending
 
-    async def request(self, subject: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Msg:
+    async def request(self, subject: str | None, body: bytes = b"", headers: dict[str, str] | None = None) -> Msg:
         """`ask`, and the answer. Raises Away."""
         pending = await self.ask(subject, body, headers)
         try:
@@ -263,11 +178,12 @@ class NatsConnection:
             pending.forget()
 
     async def publish(self, subject: str, body: bytes) -> None:
-        """Send a message that nobody answers."""
+        """Send a message that nobody answers, and return when the server has handed it on. Raises Away."""
         await self._side.send(self._publish, subject, body, "", None)
+        await self.request(None)
 
     def post(self, subject: str, body: bytes, reply: str = "") -> None:
-        """`publish` for whoever cannot wait, and sends no more than he was given."""
+        """Send a message and return at once. For whoever sends no more than he was given."""
         self._side.post(self._publish, subject, body, reply, None)
 
     def new_inbox(self) -> str:
@@ -279,10 +195,16 @@ class NatsConnection:
         Args:
             flush: Return when the server knows it.
         """
+        made: list[Subscription] = []
         try:
-            return await self._side.call(self._subscribe, subject, hear, flush)
+            await self._side.call(self._subscribe, subject, hear, flush, made)
         except (nats.Error, OSError, TimeoutError, SelfCancelled) as error:
             raise self.no_answer(lost=self.is_lost) from error
+        except BaseException:
+            for subscription in made:  # nobody will end it
+                self._side.post(self._drain, subscription)
+            raise
+        return made[0]
 
     async def unsubscribe(self, subscription: Subscription) -> None:
         """Return when the server knows it, and the last message that it had sent was heard. Bounded."""
@@ -306,27 +228,23 @@ class NatsConnection:
         if lost:
             return Away(f"The connection to the NATS server at {self.address} is lost")
         hint = None if self._refused is None else f"The server has refused something before: {self._refused}"
-        return Away(f"The NATS server at {self.address} did not answer within {ANSWER_TIME:g} s", hint=hint)
+        return Away(f"The NATS server at {self.address} did not answer in time", hint=hint)
 
-    def _explain(self, error: Exception) -> Away | SetupError:
-        found = [*self._errors, error]
-        for each in found:
-            if "authorization violation" in str(each).lower():
-                return SetupError(
-                    f"The NATS server at {self.address} refuses the user, password or token",
-                    hint="Write them into the URL as nats://user:password@host, with special characters as %XX.",
-                )
-            if isinstance(each, ssl.SSLCertVerificationError):
-                return SetupError(
-                    f"The certificate of the NATS server at {self.address} is not trusted: {each.verify_message}",
-                    hint="Name the certificates to trust with ?ca=PATH.",
-                )
-            if _NO_TLS in str(each):
-                return SetupError(
-                    f"The NATS server at {self.address} offers no TLS", hint="Write nats://, or set it up."
-                )
-        reason = next((each for each in reversed(found) if not isinstance(each, nats.NoServersError)), error)
-        return Away(f"No NATS server can be reached at {self.address}: {type(reason).__name__} {reason}".rstrip())
+    def _fatal(self, error: Exception) -> SetupError | None:
+        """What the operator must change, if that is it."""
+        if "authorization violation" in str(error).lower():
+            return SetupError(
+                f"The NATS server at {self.address} refuses the user, password or token",
+                hint="Write them into the URL as nats://user:password@host, with special characters as %XX.",
+            )
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return SetupError(
+                f"The certificate of the NATS server at {self.address} is not trusted: {error.verify_message}",
+                hint="Name the certificates to trust with ?ca=PATH.",
+            )
+        if _NO_TLS in str(error):
+            return SetupError(f"The NATS server at {self.address} offers no TLS", hint="Write nats://, or set it up.")
+        return None
 
     # On the asyncio side
 
@@ -346,7 +264,7 @@ class NatsConnection:
             )
             self.max_payload = self._client.max_payload
             self._inbox = self._client.new_inbox()
-            await self._subscribe(f"{self._inbox}.*", self._on_answer, False)
+            await self._subscribe(f"{self._inbox}.*", self._on_answer, False, [])
         except BaseException:
             await self._close()  # noqa: ASYNC102 - bounded
             raise
@@ -357,16 +275,17 @@ class NatsConnection:
         try:
             await self._client.publish(subject, body, reply=reply, headers=headers)
             if self._client.pending_data_size > PENDING_BYTES:
-                await self._client.flush(int(ANSWER_TIME))
+                await self._client.flush(FLUSH_TIME)
         except (nats.Error, OSError) as error:
             self._lose(error)
 
-    async def _subscribe(self, subject: str, hear: Callable[[Msg], Awaitable[None]], flush: bool) -> Subscription:
-        subscription = await self._client.subscribe(subject, cb=hear)
-        self._subscriptions.add(subscription)
+    async def _subscribe(
+        self, subject: str, hear: Callable[[Msg], Awaitable[None]], flush: bool, made: list[Subscription]
+    ) -> None:
+        made.append(await self._client.subscribe(subject, cb=hear))
+        self._subscriptions.add(made[0])
         if flush:
-            await self._client.flush(int(ANSWER_TIME))
-        return subscription
+            await self._client.flush(FLUSH_TIME)
 
     async def _drain(self, subscription: Subscription) -> None:
         self._subscriptions.discard(subscription)
@@ -385,7 +304,8 @@ class NatsConnection:
                 await subscription.unsubscribe()
         self._subscriptions.clear()
         try:
-            async with asyncio.timeout(CLOSING_TIME):
+            # One that was never open has nothing to wait for, and after a failed handshake it would be waited for in vain.
+            async with asyncio.timeout(CLOSING_TIME if self.max_payload else 0.1):
                 await self._client.close()
         except (nats.Error, OSError, TimeoutError) as error:
             logger.debug("closing a connection to NATS: %s: %s", type(error).__name__, error)
@@ -402,8 +322,10 @@ class NatsConnection:
         if "permissions violation" in str(error).lower():
             self._refused = str(error)
             logger.warning("the NATS server at %s refuses: %s", self.address, error)
-        if not self.max_payload and len(self._errors) < 100:
-            self._errors.append(error)
+        if not self.max_payload:  # it is connecting, and would try again
+            self._failure = error
+            if fatal := self._fatal(error):
+                raise fatal
 
     async def _on_disconnected(self) -> None:
         self._lose(self._client.last_error)
@@ -467,32 +389,39 @@ class NatsLink:
         give_up = anyio.current_time() + self._patience
         failures = 0
         while True:
-            lost = anyio.Event()
-            connection = NatsConnection(self._side, self._address, lost.set)
-            is_first = self.reconnects < 0
-            try:
-                error = await self._open(
-                    connection, min(CONNECT_TIME, give_up - anyio.current_time() if is_first else 60)
-                )
-                if error is None:
-                    failures, self._reason = 0, None
-                    self.reconnects += 1
-                    self._set(connection)
-                    task_status.started() if is_first else logger.info("connected to NATS at %s again", self._address)
-                    await lost.wait()
-                    self._set(None)
-                    logger.warning("the connection to NATS at %s is lost", self._address)
-            finally:
-                self.connection = None
-                await connection.close()  # noqa: ASYNC102 - shielded and bounded there
+            left = CONNECT_TIME if self.reconnects >= 0 else min(CONNECT_TIME, give_up - anyio.current_time())
+            error, connected = await self._serve(left, task_status)
+            failures = 1 if connected > HEALTHY_AFTER else failures + 1
+            delay = self._backoff.delay(failures)
+            if self.reconnects < 0 and (isinstance(error, SetupError) or anyio.current_time() + delay > give_up):
+                raise error
+            logger.log(logging.WARNING if failures == 1 else logging.DEBUG, "connecting to NATS again: %s", error)
+            self._reason = error
+            await anyio.sleep(delay)
+
+    async def _serve(
+        self, seconds: float, task_status: anyio.abc.TaskStatus[None]
+    ) -> tuple[QueueUnavailable | SetupError, float]:
+        """One connection, from its opening to its end: why it ended, and how long it was usable."""
+        lost = anyio.Event()
+        connection = NatsConnection(self._side, self._address, lost.set)
+        try:
+            error = await self._open(connection, seconds)
             if error is not None:
-                failures += 1
-                self._reason = error
-                delay = self._backoff.delay(failures)
-                if is_first and (isinstance(error, SetupError) or anyio.current_time() + delay > give_up):
-                    raise error
-                logger.log(logging.WARNING if failures == 1 else logging.DEBUG, "connecting to NATS again: %s", error)
-                await anyio.sleep(delay)
+                return error, 0
+            self.reconnects += 1
+            if self.reconnects == 0:
+                task_status.started()
+            else:
+                logger.info("connected to NATS at %s again", self._address)
+            self._set(connection)
+            since = anyio.current_time()
+            await lost.wait()
+            self._set(None)
+            return connection.no_answer(lost=True), anyio.current_time() - since
+        finally:
+            self.connection = None
+            await connection.close()  # noqa: ASYNC102 - shielded and bounded there
 
     async def _open(self, connection: NatsConnection, seconds: float) -> QueueUnavailable | SetupError | None:
         with anyio.move_on_after(seconds):

@@ -43,6 +43,7 @@ _STREAM_NOT_FOUND: Final = 10059
 _OTHER_CONFIGURATION: Final = 10058
 _CONSUMER_NOT_FOUND: Final = 10014
 _SUBJECT_TAKEN: Final = (10099, 10100)
+_NO_CLUSTER: Final = 10074
 _WRONG_SEQUENCE: Final = 10071
 _NOT_STORED: Final = 10077
 """The stream is full, in messages or in bytes."""
@@ -309,7 +310,7 @@ class Stream:
                 hint="Start more consumers, or raise the limits of the stream at the server.",
                 topic=topic,
             )
-        if error.status >= 500 or error.status == 404:
+        if (error.status >= 500 or error.status == 404) and error.code != _NO_CLUSTER:
             return Away(f"JetStream at {connection.address}: {error}")
         return SetupError(f"JetStream at {connection.address} refuses: {error}", stream=self.name)
 

@@ -27,14 +27,7 @@ def report(tx: Transaction, report: Report) -> ReportAnswer:
         return _not_written(tx, report)
     task_no, event_count = row[:2]
     if report.events:
-        first = event_count - len(report.events)
-        tx.run_many(
-            tx.sql.insert_event,
-            [
-                {"task_no": task_no, "idx": index, "epoch": report.epoch, "type": event.type, "payload": event.payload}
-                for index, event in enumerate(report.events, first)
-            ],
-        )
+        tx.insert_events(task_no, event_count - len(report.events), report.epoch, report.events)
     if terminal is None or retry_at is not None:
         return ReportAnswer("ok", event_count, retry_at=retry_at)
     return ReportAnswer("ok", event_count, _after_ending(tx, report, terminal, row))
@@ -119,6 +112,7 @@ def _after_ending(tx: Transaction, report: Report, terminal: Terminal, row: Row)
         delete_leftovers(tx, task_no, inbox_head, has_checkpoint)
     if implicit_session:
         return ()
+    tx.hold_lines((session_id,))
     if terminal.status is TaskStatus.COMPLETED and report.context is not None and terminal.context_error is None:
         why = _save_context(tx, session_id, service_name, report.context)
         if why is not None:

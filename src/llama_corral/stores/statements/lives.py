@@ -30,6 +30,7 @@ class Lives(Base):
             self._insert_into(tasks, *names).on_conflict_do_nothing(index_elements=["task_id"])
         )
         by_id = _t.task_id == _b("task_id")
+        self.set_epoch = self._sql(sa.update(tasks).where(by_id).values(epoch=_b("new_epoch")))
         self.accepted_task = self._sql(sa.select(_t.session_id, _t.status, _t.digest).where(by_id))
         self.claim = self._sql(
             sa.update(tasks)

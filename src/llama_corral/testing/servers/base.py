@@ -82,6 +82,11 @@ class ServerProcess(Child):
         user = self.user if self.user is not None and os.geteuid() == 0 else ""
         return [sys.executable, "-c", _KEEPER, user, self.binary, *self.arguments()]
 
+    async def wait_ready(self) -> None:
+        # A busy machine may run the server before its keeper gets to say whom it keeps, and then nobody could kill it.
+        await self.wait_output(_KEPT)
+        await super().wait_ready()
+
     @property
     def pid(self) -> int:
         """Of the server itself, not of the process that keeps it."""
