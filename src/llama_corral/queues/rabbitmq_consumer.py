@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from contextlib import suppress
@@ -37,9 +38,10 @@ LINGER: Final = 0.02
 """Seconds that a message lies here at most while nobody receives it."""
 PACES: Final = 4
 """How many times in a row a consumer must have come back quickly to get messages ahead."""
-REFRESHED_AFTER: Final = 30.0
-"""Seconds without a message after which a subscription is made anew, in case the server has forgotten it (its queue was
-deleted). The only backstop."""
+
+REATTACHED_AFTER: Final = 30.0
+"""Seconds without a message after which a consumer begins anew. The only backstop: a server may forget to say that a queue
+was deleted, if it was declared again at once."""
 
 
 class ConsumerHost(Protocol):
@@ -300,10 +302,12 @@ class RabbitMQConsumer(Consumer):
         tag = await channel.subscribe(hear, subscription.prefetch)
         self._subscription = subscription
         try:
-            await self._wait_enough(subscription)
+            came = await self._wait_enough(subscription)
         finally:
             self._subscription = None
         await channel.unsubscribe(tag)
+        if not came and not self._open and not self._arrived:
+            await self._detach()
 
     def _on_end(self, feeder: asyncio.Task[None]) -> None:
         if not feeder.cancelled() and (error := feeder.exception()) is not None:
@@ -320,24 +324,29 @@ class RabbitMQConsumer(Consumer):
         elif self._wanted:
             self._bell.ring()
 
-    async def _wait_enough(self, subscription: _Subscription) -> None:
-        """Return when the subscription is of no more use."""
-        refresh_at = time.monotonic() + REFRESHED_AFTER
+    async def _wait_enough(self, subscription: _Subscription) -> bool:
+        """Return when the subscription is of no more use. False: nothing came for so long that it may be forgotten."""
+        forgotten_at = time.monotonic() + REATTACHED_AFTER
         while not subscription.channel.is_lost and not self._left:
-            if not subscription.ahead:
-                if self._arrived or not self._wanted:
-                    return
-                due = refresh_at
-            elif self._arrived:
-                due = self._arrived[0].since + LINGER
-            elif self._wanted:
-                due = 0.0 if subscription.is_full else refresh_at
+            if subscription.ahead:
+                is_enough, due = self._judge_ahead(subscription)
             else:
-                due = self._pace.left_at + LINGER
-            seconds = due - time.monotonic()
-            if seconds <= 0:
-                return
-            await self._wait_news(seconds)
+                is_enough, due = bool(self._arrived) or not self._wanted, math.inf
+            now = time.monotonic()
+            if is_enough or due <= now:
+                return True
+            if due == math.inf and forgotten_at <= now:
+                return False
+            await self._wait_news(min(due, forgotten_at) - now)
+        return True
+
+    def _judge_ahead(self, subscription: _Subscription) -> tuple[bool, float]:
+        """Whether it has to end, and if not, when at the latest."""
+        if self._arrived:
+            return False, self._arrived[0].since + LINGER
+        if self._wanted:
+            return subscription.is_full, math.inf
+        return False, self._pace.left_at + LINGER
 
     def _give_back(self) -> None:
         while self._arrived:

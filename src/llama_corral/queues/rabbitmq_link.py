@@ -249,9 +249,9 @@ def explain(error: BaseException, address: RabbitMQAddress) -> CorralError:
             f"RabbitMQ at {address} does not know the user or the password",
             hint="Put them into the URL: amqp://user:password@host:port/vhost; special characters as %XX.",
         )
-    if isinstance(error, amqp.ConnectionClosed) and _NOT_ALLOWED in error.args[:1] and "limit" not in text:
+    if _is_not_let_in(error):
         return SetupError(
-            f"RabbitMQ at {address} has no such virtual host, or the user may not enter it",
+            f"RabbitMQ at {address} does not let us in: no such virtual host, or not for this user",
             hint="Create it (rabbitmqctl add_vhost), or give the user its permissions (rabbitmqctl set_permissions).",
         )
     if isinstance(error, amqp.ChannelClosed) and "ACCESS_REFUSED" in text:
@@ -267,6 +267,13 @@ def explain(error: BaseException, address: RabbitMQAddress) -> CorralError:
     if isinstance(root, ssl.SSLError) and not isinstance(root, _TLS_LOST):
         return SetupError(f"No TLS with RabbitMQ at {address}: {root.reason or root}", hint="Is it a port with TLS?")
     return Away(f"RabbitMQ at {address} is away: {type(error).__name__} {text}".rstrip())
+
+
+def _is_not_let_in(error: BaseException) -> bool:
+    """Whether it was the name of the virtual host that the server closed the connection for."""
+    if isinstance(error, amqp.InvalidFrameError):  # aiormq 7.2 does not read why
+        return "OpenOk" in str(error) and "Connection.Close" in str(error)
+    return isinstance(error, amqp.ConnectionClosed) and _NOT_ALLOWED in error.args[:1]
 
 
 def _root(error: BaseException) -> BaseException:

@@ -42,6 +42,8 @@ class ReceivingChannel:
 
     async def open(self) -> None:
         self._channel = await self.connection.open_channel(on_lost=self._lose)
+        # The queue was deleted. A new one of that name is another one, of which this channel hears nothing.
+        (await self._client()).on_consumer_cancel_callbacks.add(lambda _: self._lose())
 
     async def subscribe(self, hear: Callable[[DeliveredMessage], Any], prefetch: int) -> str:
         client = await self._client()
