@@ -1,40 +1,38 @@
 """A queue in RabbitMQ: a quorum queue for each group of a topic, and what is broadcast to whoever listens.
 
-`rabbitmq_topology.py` says how a topic is kept there, `rabbitmq_consumer.py` how it is consumed, `rabbitmq_link.py` how a connection
-is kept. A queue has two: a server whose memory or disk is full stops reading from connections that publish, and what is
-acknowledged over the other one is what frees it.
+`rabbitmq_topology.py` says how a topic is kept there, `rabbitmq_consumer.py` how it is consumed, `rabbitmq_link.py` how a
+connection is kept. A queue has two: a server whose memory or disk is full stops reading from connections that publish, and
+what is acknowledged over the other one is what frees it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from enum import Enum
 from typing import Any, Final, Self, TypeVar
 from uuid import uuid4
 
-import aio_pika
 import anyio
-from aio_pika import exceptions as amqp
-from aio_pika.abc import AbstractExchange
 from anyio.lowlevel import checkpoint
 
 from ..abc import MessageQueue
 from ..aio import Bell
 from ..aio.client import AsyncioSide, open_asyncio_side
-from ..exceptions import BadInput, QueueUnavailable, TooLarge
+from ..exceptions import BadInput, QueueUnavailable
 from ..protocol import topics
 from ..protocol.messages import QueueMessage
 from ..protocol.topics import DEFAULT_NAMESPACE
 from ..supervision import Backoff, open_support_group
 from .dead_letter import dead_letter
 from .memory import DEFAULT_BROADCAST_BUFFER, DEFAULT_MAX_MESSAGES
-from .rabbitmq_consumer import RabbitMQConsumer, RabbitMQSubscription
-from .rabbitmq_link import CLOSING_TIME, Away, RabbitMQAddress, RabbitMQConnection, RabbitMQLink, quiet_client
-from .rabbitmq_topology import BROADCAST, TICKETS, declare_exchanges, declare_waiting, topic_key
+from .rabbitmq_address import RabbitMQAddress
+from .rabbitmq_consumer import RabbitMQConsumer
+from .rabbitmq_link import CLOSING_TIME, Away, RabbitMQConnection, RabbitMQLink, quiet_client
+from .rabbitmq_publisher import Outcome, Publisher, refusal
+from .rabbitmq_subscription import RabbitMQSubscription
+from .rabbitmq_topology import BROADCAST, declare_exchanges, declare_waiting
 from .urls import take_options
 
 logger = logging.getLogger(__name__)
@@ -45,8 +43,6 @@ DEFAULT_PATIENCE: Final = 10.0
 DEFAULT_PREFETCH: Final = 32
 LONGEST_PATIENCE: Final = 3600.0
 MOST_PREFETCH: Final = 65_535
-
-_TOO_LARGE: Final = re.compile(r"message size (\d+) is larger than configured max size (\d+)")
 
 
 def _seconds(text: str | float) -> float:
@@ -86,8 +82,7 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
         address: Of the servers, with credentials and virtual host.
         namespace: The topic namespace; messages that cannot be read go to its dead letters.
         max_messages: Limit of each group of a topic when its queue is declared; beyond it `publish` raises.
-        prefetch: Messages that lie ready here at most for a consumer that takes them quickly, and for 20 ms at most; 0: none,
-            each time they are asked for.
+        prefetch: Messages that lie ready here at most for a consumer that takes them quickly, for 20 ms at most; 0: none.
         patience: Seconds for which entering, publishing and the like are tried before `QueueUnavailable` is raised.
         broadcast_buffer: What each subscription keeps for a slow listener; beyond it the oldest is dropped.
 
@@ -118,7 +113,7 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
         self._side: AsyncioSide | None = None
         self._publishing: RabbitMQLink | None = None
         self._receiving: RabbitMQLink | None = None
-        self._publisher: _Publisher | None = None
+        self._publisher: Publisher | None = None
         self._bell = Bell()
         self._backoff = Backoff(initial=0.05, maximum=1.0)
         self._consumers: set[RabbitMQConsumer] = set()
@@ -197,12 +192,12 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
         async def attempt(connection: RabbitMQConnection) -> None:
             publisher = self._publisher_on(connection)
             outcome = await publisher.publish(body, topic)
-            if outcome is _Outcome.NOWHERE:
+            if outcome is Outcome.NOWHERE:
                 await connection.call(declare_waiting, connection, topic, self.max_messages)
                 outcome = await publisher.publish(body, topic)
-            if outcome is not _Outcome.TAKEN:
+            if outcome is not Outcome.TAKEN:
                 self._refused += 1
-                raise _refusal(outcome, topic)
+                raise refusal(outcome, topic)
 
         await self._patiently(self._publishing, attempt)
         self._published += 1
@@ -228,8 +223,8 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
 
         async def attempt(connection: RabbitMQConnection) -> None:
             outcome = await self._publisher_on(connection).broadcast(body, topic)
-            if outcome is not _Outcome.TAKEN:
-                raise _refusal(outcome, topic)
+            if outcome is not Outcome.TAKEN:
+                raise refusal(outcome, topic)
 
         await self._patiently(self._publishing, attempt)
         self._broadcasts += 1
@@ -277,7 +272,7 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
 
     async def _prepare_publishing(self, connection: RabbitMQConnection) -> None:
         await self._prepare_receiving(connection)
-        publisher = _Publisher(connection)
+        publisher = Publisher(connection)
         await connection.call(publisher.open)
         self._publisher = publisher
 
@@ -288,8 +283,10 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
         self._bell.ring()
         for consumer in self._consumers:
             consumer.change()
+        for subscription in self._subscriptions:
+            subscription.change()
 
-    def _publisher_on(self, connection: RabbitMQConnection) -> _Publisher:
+    def _publisher_on(self, connection: RabbitMQConnection) -> Publisher:
         if self._publisher is None or self._publisher.connection is not connection:
             raise connection.lost()
         return self._publisher
@@ -326,74 +323,6 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
                 hint="Let consumers work off what waits, or give it more of either (rabbitmqctl status says which).",
             )
         return Away(f"RabbitMQ at {self.address} did not answer within {self.patience:g} s")
-
-
-class _Outcome(Enum):
-    """What became of a message."""
-
-    TAKEN = "taken"
-    NOWHERE = "nowhere"
-    """It came back: no queue gets what is published there."""
-    REFUSED = "refused"
-    """A queue that should get it did not take it."""
-    TOO_LARGE = "too large"
-
-
-class _Publisher:
-    """Publishes over one connection. Any number of messages are on their way at the same time."""
-
-    def __init__(self, connection: RabbitMQConnection) -> None:
-        self.connection = connection
-        self._tickets: AbstractExchange | None = None
-        self._broadcasts: AbstractExchange | None = None
-
-    async def publish(self, body: bytes, topic: str) -> _Outcome:
-        return await self.connection.call(self._publish, self._tickets, body, topic, True)
-
-    async def broadcast(self, body: bytes, topic: str) -> _Outcome:
-        return await self.connection.call(self._publish, self._broadcasts, body, topic, False)
-
-    # On the asyncio side
-
-    async def open(self) -> None:
-        channel = await self.connection.open_channel(confirms=True, on_lost=self.connection.drop)
-        self._tickets = await channel.get_exchange(TICKETS, ensure=False)
-        self._broadcasts = await channel.get_exchange(BROADCAST, ensure=False)
-
-    async def _publish(self, exchange: AbstractExchange, body: bytes, topic: str, is_ticket: bool) -> _Outcome:
-        mode = aio_pika.DeliveryMode.PERSISTENT if is_ticket else aio_pika.DeliveryMode.NOT_PERSISTENT
-        message = aio_pika.Message(body, content_type="application/json", delivery_mode=mode)
-        try:
-            await exchange.publish(message, topic_key(topic), mandatory=is_ticket)
-        except amqp.PublishError:
-            return _Outcome.NOWHERE
-        except amqp.DeliveryError:
-            return _Outcome.REFUSED
-        except amqp.ChannelPreconditionFailed as error:
-            # The server closes the channel, and with it ends what others are publishing: they do it again.
-            found = _TOO_LARGE.search(str(error))
-            if found is None or int(found[1]) != len(body):
-                raise
-            return _Outcome.TOO_LARGE
-        return _Outcome.TAKEN
-
-
-def _refusal(outcome: _Outcome, topic: str) -> QueueUnavailable | TooLarge:
-    if outcome is _Outcome.TOO_LARGE:
-        return TooLarge(
-            f"A message for {topic!r} is larger than the RabbitMQ server takes",
-            hint="Send less, or raise max_message_size of the server.",
-            topic=topic,
-        )
-    if outcome is _Outcome.NOWHERE:
-        return QueueUnavailable(
-            f"RabbitMQ has no queue for {topic!r}, and did not keep the one it was given", topic=topic
-        )
-    return QueueUnavailable(
-        f"Topic {topic!r} is full, or a queue of it cannot be written",
-        hint="Start more consumers of this topic, or raise the limit of its queues by a policy.",
-        topic=topic,
-    )
 
 
 def _encode(message: QueueMessage) -> bytes:

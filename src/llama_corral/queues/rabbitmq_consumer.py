@@ -12,27 +12,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import anyio
-from aio_pika.abc import AbstractChannel
-from aiormq.abc import AbstractChannel as ClientChannel
 from aiormq.abc import DeliveredMessage
-from anyio.lowlevel import checkpoint
 from pydantic import ValidationError
 
-from ..abc import Consumer, Delivery, Subscription
+from ..abc import Consumer, Delivery
 from ..aio import Bell
 from ..aio.client import AsyncioSide
 from ..exceptions import CorralError, QueueUnavailable
 from ..protocol.messages import QueueMessage
 from ..supervision import Backoff
 from .rabbitmq_link import CLOSING_TIME, TROUBLE, RabbitMQConnection, RabbitMQLink, explain
-from .rabbitmq_topology import BROADCAST, declare_group, topic_key
+from .rabbitmq_subscription import ReceivingChannel
+from .rabbitmq_topology import declare_group
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +38,10 @@ LINGER: Final = 0.02
 """Seconds that a message lies here at most while nobody receives it."""
 PACES: Final = 4
 """How many times in a row a consumer must have come back quickly to get messages ahead."""
-REFRESHED_AFTER: Final = 30.0
-"""Seconds without a message after which a subscription is made anew, in case the server has forgotten it (its queue was
-deleted). The only backstop."""
+
+REATTACHED_AFTER: Final = 30.0
+"""Seconds without a message after which a consumer begins anew. The only backstop: a server may forget to say that a queue
+was deleted, if it was declared again at once."""
 
 
 class ConsumerHost(Protocol):
@@ -63,69 +62,10 @@ class ConsumerHost(Protocol):
         """Put what nobody can read into the dead letters."""
 
 
-class _Channel:
-    """A channel on the asyncio side, with what was received over it and is not settled. Closing it gives that back."""
-
-    def __init__(self, connection: RabbitMQConnection, queue: str, on_lost: Callable[[], None]) -> None:
-        self.connection = connection
-        self.queue = queue
-        self.is_lost = False
-        self._on_lost = on_lost
-        self._prefetch = 0
-        self._channel: AbstractChannel | None = None
-
-    async def open(self) -> None:
-        self._channel = await self.connection.open_channel(on_lost=self._lose)
-
-    async def subscribe(self, hear: Callable[[DeliveredMessage], Any], prefetch: int) -> str:
-        client = await self._client()
-        if prefetch != self._prefetch:
-            await client.basic_qos(prefetch_count=prefetch)
-            self._prefetch = prefetch
-        answer = await client.basic_consume(self.queue, hear)
-        return answer.consumer_tag or ""
-
-    async def listen(self, topic: str, buffer: int, hear: Callable[[DeliveredMessage], Any]) -> None:
-        """Hear the broadcasts to a topic, by a queue that ends with the channel."""
-        assert self._channel is not None
-        arguments: dict[str, Any] = {"x-max-length": buffer, "x-overflow": "drop-head"}
-        queue = await self._channel.declare_queue(self.queue, exclusive=True, auto_delete=True, arguments=arguments)
-        await queue.bind(BROADCAST, topic_key(topic))
-        await (await self._client()).basic_consume(self.queue, hear, no_ack=True)
-
-    async def unsubscribe(self, tag: str) -> None:
-        """Returns when the last message was heard that the server had sent."""
-        await (await self._client()).basic_cancel(tag)
-
-    async def settle(self, tag: int, is_ack: bool) -> None:
-        # Not for aio-pika's message: it waits until each of its acks is on the wire.
-        with suppress(*TROUBLE):  # then the message comes again
-            client = await self._client()
-            if is_ack:
-                await client.basic_ack(tag, wait=False)
-            else:
-                await client.basic_nack(tag, requeue=True, wait=False)
-
-    async def close(self) -> None:
-        self.is_lost = True
-        if self._channel is not None:
-            with suppress(*TROUBLE):
-                await self._channel.close()
-
-    async def _client(self) -> ClientChannel:
-        assert self._channel is not None
-        return await self._channel.get_underlay_channel()
-
-    def _lose(self) -> None:
-        if not self.is_lost:
-            self.is_lost = True
-            self._on_lost()
-
-
 class _Subscription:
     """One consumer at the server, on a channel. `ahead`: it stays while its messages are taken quickly."""
 
-    def __init__(self, channel: _Channel, prefetch: int, *, ahead: bool) -> None:
+    def __init__(self, channel: ReceivingChannel, prefetch: int, *, ahead: bool) -> None:
         self.channel = channel
         self.prefetch = prefetch
         self.ahead = ahead
@@ -208,7 +148,7 @@ class RabbitMQConsumer(Consumer):
         """How many messages somebody waits for."""
         self._left = False
         self._news = asyncio.Event()
-        self._channel: _Channel | None = None
+        self._channel: ReceivingChannel | None = None
         self._subscription: _Subscription | None = None
         self._backoff = Backoff(initial=0.05, maximum=2.0)
         self._failures = 0
@@ -350,21 +290,24 @@ class RabbitMQConsumer(Consumer):
                 await self._wait_news()
                 return
             await self._attach(connection)
-        channel = self._channel
-        assert channel is not None
+        channel, wanted = self._channel, self._wanted
+        if channel is None or not wanted:
+            return
         ahead = min(self._host.prefetch, self._pace.taken_within(LINGER / 2))
-        subscription = _Subscription(channel, max(ahead, self._wanted), ahead=ahead > self._wanted)
+        subscription = _Subscription(channel, max(ahead, wanted), ahead=ahead > wanted)
 
-        async def hear(raw: DeliveredMessage) -> None:
+        async def hear(raw: DeliveredMessage) -> None:  # noqa: ASYNC124 - the client awaits it
             self._hear(_Arrived(raw, subscription))
 
         tag = await channel.subscribe(hear, subscription.prefetch)
         self._subscription = subscription
         try:
-            await self._wait_enough(subscription)
+            came = await self._wait_enough(subscription)
         finally:
             self._subscription = None
         await channel.unsubscribe(tag)
+        if not came and not self._open and not self._arrived:
+            await self._detach()
 
     def _on_end(self, feeder: asyncio.Task[None]) -> None:
         if not feeder.cancelled() and (error := feeder.exception()) is not None:
@@ -381,24 +324,29 @@ class RabbitMQConsumer(Consumer):
         elif self._wanted:
             self._bell.ring()
 
-    async def _wait_enough(self, subscription: _Subscription) -> None:
-        """Return when the subscription is of no more use."""
-        refresh_at = time.monotonic() + REFRESHED_AFTER
+    async def _wait_enough(self, subscription: _Subscription) -> bool:
+        """Return when the subscription is of no more use. False: nothing came for so long that it may be forgotten."""
+        forgotten_at = time.monotonic() + REATTACHED_AFTER
         while not subscription.channel.is_lost and not self._left:
-            if not subscription.ahead:
-                if self._arrived or not self._wanted:
-                    return
-                due = refresh_at
-            elif self._arrived:
-                due = self._arrived[0].since + LINGER
-            elif self._wanted:
-                due = 0.0 if subscription.is_full else refresh_at
+            if subscription.ahead:
+                is_enough, due = self._judge_ahead(subscription)
             else:
-                due = self._pace.left_at + LINGER
-            seconds = due - time.monotonic()
-            if seconds <= 0:
-                return
-            await self._wait_news(seconds)
+                is_enough, due = bool(self._arrived) or not self._wanted, math.inf
+            now = time.monotonic()
+            if is_enough or due <= now:
+                return True
+            if due == math.inf and forgotten_at <= now:
+                return False
+            await self._wait_news(min(due, forgotten_at) - now)
+        return True
+
+    def _judge_ahead(self, subscription: _Subscription) -> tuple[bool, float]:
+        """Whether it has to end, and if not, when at the latest."""
+        if self._arrived:
+            return False, self._arrived[0].since + LINGER
+        if self._wanted:
+            return subscription.is_full, math.inf
+        return False, self._pace.left_at + LINGER
 
     def _give_back(self) -> None:
         while self._arrived:
@@ -413,7 +361,7 @@ class RabbitMQConsumer(Consumer):
     async def _attach(self, connection: RabbitMQConnection) -> None:
         await self._detach()
         name = await declare_group(connection, self._topic, self._group, self._host.max_messages)
-        self._channel = channel = _Channel(connection, name, self.change)
+        self._channel = channel = ReceivingChannel(connection, name, self.change)
         await channel.open()
 
     async def _detach(self) -> None:
@@ -426,77 +374,3 @@ class RabbitMQConsumer(Consumer):
         if self._feeder is not None:
             await asyncio.wait([self._feeder])
         await self._detach()
-
-
-class RabbitMQSubscription(Subscription):
-    """Made by `RabbitMQMessageQueue.subscribe`. `lost` counts what fell out of the full ring here; what a connection cannot
-    carry in time falls out at the server."""
-
-    def __init__(self, topic: str, name: str, buffer: int, check_open: Callable[[], None]) -> None:
-        self.lost = 0
-        self._topic = topic
-        self._name = name
-        self._ring: deque[QueueMessage] = deque(maxlen=buffer)
-        self._check_open = check_open
-        self._bell = Bell()
-        self._channel: _Channel | None = None
-        self._left = False
-
-    async def receive(self) -> QueueMessage:
-        await checkpoint()
-        while True:
-            self._check_open()
-            if self._left:
-                raise QueueUnavailable(f"The subscription to {self._topic!r} is closed", topic=self._topic)
-            if self._channel is None or self._channel.is_lost:
-                raise QueueUnavailable(
-                    f"The connection of the subscription to {self._topic!r} was lost",
-                    hint="Subscribe again, then look at the state: messages may have been missed.",
-                    topic=self._topic,
-                )
-            if self._ring:
-                return self._ring.popleft()
-            await self._bell.wait()
-
-    async def open(self, connection: RabbitMQConnection) -> None:
-        """Begin to listen. Raises Away and SetupError."""
-        await connection.call(self._listen, connection)
-
-    def close(self) -> None:
-        """Hear nothing more, and send its waiting tasks away."""
-        self._left = True
-        self._ring.clear()
-        self._bell.ring()
-
-    async def leave(self) -> None:
-        """`close`, and tell the server. Bounded."""
-        self.close()
-        channel = self._channel
-        if channel is not None and not channel.is_lost:
-            with anyio.move_on_after(CLOSING_TIME, shield=True), suppress(*TROUBLE):
-                await channel.connection.call(channel.close)
-                return
-            channel.connection.drop()
-
-    # On the asyncio side
-
-    async def _listen(self, connection: RabbitMQConnection) -> None:
-        assert self._ring.maxlen is not None
-        channel = _Channel(connection, self._name, self._bell.ring)
-        try:
-            await channel.open()
-            await channel.listen(self._topic, self._ring.maxlen, self._hear)
-        except BaseException:
-            await channel.close()  # noqa: ASYNC102 - its caller is bounded
-            raise
-        self._channel = channel
-
-    async def _hear(self, raw: DeliveredMessage) -> None:
-        try:
-            heard = QueueMessage.model_validate_json(raw.body)
-        except ValidationError as error:
-            logger.warning("a broadcast to %s that nobody can read: %s", self._topic, error)
-            return
-        self.lost += len(self._ring) == self._ring.maxlen
-        self._ring.append(heard)
-        self._bell.ring()

@@ -1,8 +1,7 @@
-"""A connection to a RabbitMQ server or cluster that is opened again whenever it is lost, and what is needed to open it.
+"""A connection to a RabbitMQ server or cluster that is opened again whenever it is lost.
 
-aio-pika's client runs on the asyncio side (`aio.client`). It is made anew for each connection, instead of its own robust one:
-that one restores what a closed channel had consumed and bound by itself, whoever still wants it, and waits for a server
-for ever without a word.
+aio-pika's client runs on the asyncio side (`aio.client`). It is made anew for each connection, instead of its own robust
+one: that restores by itself what was consumed and bound, whoever still wants it, and waits for a server without a word.
 """
 
 from __future__ import annotations
@@ -12,25 +11,21 @@ import contextlib
 import logging
 import re
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Final, Self, TypeVar
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from typing import Any, Final, TypeVar
 
 import aio_pika
 import anyio
 import anyio.abc
 from aio_pika import exceptions as amqp
 from aio_pika.abc import AbstractChannel, AbstractConnection
-from pydantic import SecretStr
 from yarl import URL
 
 from ..aio.client import AsyncioSide
 from ..exceptions import CorralError, QueueUnavailable, SetupError
 from ..supervision import Backoff
-from .urls import credentials_of, hosts_of
+from .rabbitmq_address import RabbitMQAddress
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +34,6 @@ T = TypeVar("T")
 CONNECT_TIME: Final = 10.0
 """Seconds for a connection to be opened and prepared."""
 CLOSING_TIME: Final = 2.0
-HEARTBEAT: Final = 10
-"""Seconds between two signs of life, unless the URL says otherwise. A server that is silent for three is given up."""
 
 TROUBLE: Final = amqp.CONNECTION_EXCEPTIONS
 """What the client raises."""
@@ -48,88 +41,10 @@ TROUBLE: Final = amqp.CONNECTION_EXCEPTIONS
 _TLS_LOST: Final = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 _NOT_ALLOWED: Final = 530
 _CREDENTIALS: Final = re.compile(r"//[^/@\s]*@")
-_CLIENT_OPTIONS: Final = frozenset({"heartbeat", "name", "auth"})
-_TLS_OPTIONS: Final = frozenset({"cafile", "capath", "certfile", "keyfile", "no_verify_ssl"})
 
 
 class Away(QueueUnavailable):
     """The server is not there, or did not answer: what was asked for may be asked again."""
-
-
-@dataclass(frozen=True)
-class RabbitMQAddress:
-    """Where the servers are and who we are there. `str` and `repr` say nothing secret."""
-
-    hosts: tuple[str, ...]
-    """`host` or `host:port` of each node of a cluster."""
-    vhost: str = "/"
-    user: str | None = field(default=None, repr=False)
-    """None: the server's own `guest`."""
-    password: SecretStr | None = field(default=None, repr=False)
-    tls: ssl.SSLContext | None = field(default=None, repr=False)
-    options: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}), repr=False)
-    """Of the client."""
-
-    @classmethod
-    def from_url(cls, url: str) -> Self:
-        """From `amqp://user:password@host:port,host:port/vhost`; `amqps://` speaks TLS. Options: `heartbeat` (seconds),
-        `name` (of the connections, for the server's lists), `auth` (`external`: by certificate); with TLS `cafile`, `capath`,
-        `certfile`, `keyfile` (paths), `no_verify_ssl`.
-
-        Raises:
-            SetupError: something in it cannot be used. The text never repeats the URL.
-        """
-        user, password = credentials_of(url)
-        parts = urlsplit(url)
-        options = dict(parse_qsl(parts.query, keep_blank_values=True))
-        hosts = tuple(hosts_of(parts))
-        if not all(urlsplit(f"//{host}").hostname for host in hosts):
-            raise SetupError("The RabbitMQ URL names no server", hint="Write amqp://host:5672/vhost.")
-        for name in options:
-            if name not in _CLIENT_OPTIONS | _TLS_OPTIONS:
-                known = sorted(
-                    {"prefetch", "max_messages", "patience", "broadcast_buffer"} | _CLIENT_OPTIONS | _TLS_OPTIONS
-                )
-                raise SetupError(
-                    f"A RabbitMQ queue has no option {name!r}", hint=f"Its options are {', '.join(known)}."
-                )
-        if not options.get("heartbeat", "1").isdigit():
-            raise SetupError(
-                "The option 'heartbeat' of the queue URL cannot be read", hint="It is a number of seconds."
-            )
-        return cls(
-            hosts=hosts,
-            vhost=unquote(parts.path[1:]) or "/",
-            user=user,
-            password=None if password is None else SecretStr(password),
-            tls=_tls(options) if parts.scheme.lower() == "amqps" else None,
-            options={name: value for name, value in options.items() if name in _CLIENT_OPTIONS},
-        )
-
-    def __str__(self) -> str:
-        where = ", ".join(self.hosts)
-        return where if self.vhost == "/" else f"{where} (virtual host {self.vhost})"
-
-    def client_url(self, host: str) -> str:
-        """With everything that is secret: not to be shown."""
-        user = "" if self.user is None else quote(self.user, safe="")
-        word = "" if self.password is None else f":{quote(self.password.get_secret_value(), safe='')}"
-        at = "@" if user or word else ""
-        options = {"heartbeat": str(HEARTBEAT), "name": "llama-corral", **self.options}
-        scheme = "amqp" if self.tls is None else "amqps"
-        return f"{scheme}://{user}{word}{at}{host}/{quote(self.vhost, safe='')}?{urlencode(options)}"
-
-
-def _tls(options: Mapping[str, str]) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=options.get("cafile"), capath=options.get("capath"))
-        if "certfile" in options:
-            context.load_cert_chain(options["certfile"], options.get("keyfile"))
-    except OSError as error:  # a file is not there, or holds something else
-        raise SetupError(f"A certificate that the RabbitMQ URL names cannot be used: {error}") from error
-    if options.get("no_verify_ssl", "0") != "0":
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
 
 
 class RabbitMQConnection:
@@ -172,7 +87,7 @@ class RabbitMQConnection:
 
     async def is_blocked(self) -> bool:
         """Whether the server takes nothing at present, because its memory or disk is full."""
-        with contextlib.suppress(*TROUBLE):
+        with contextlib.suppress(Away, *TROUBLE):
             return await self._side.call(self._is_blocked)
         return False
 
@@ -206,6 +121,12 @@ class RabbitMQConnection:
                 on_lost()
         return channel
 
+    async def wait_unblocked(self) -> None:
+        """Return when the server reads what is published."""
+        if self._connection is None or self._connection.transport is None:
+            raise self.lost()
+        await self._connection.transport.ready()
+
     async def _open(self) -> None:
         url = URL(self.address.client_url(self._host))
         # Kept before it is connected: one that nobody closes closes itself when it is collected, in whatever loop there is.
@@ -220,11 +141,9 @@ class RabbitMQConnection:
                 await connection.close()
 
     async def _is_blocked(self) -> bool:
-        if self._connection is None or self._connection.transport is None:
-            return False
         try:
             async with asyncio.timeout(0):
-                await self._connection.transport.ready()
+                await self.wait_unblocked()
         except TimeoutError:
             return True
         return False
@@ -330,9 +249,9 @@ def explain(error: BaseException, address: RabbitMQAddress) -> CorralError:
             f"RabbitMQ at {address} does not know the user or the password",
             hint="Put them into the URL: amqp://user:password@host:port/vhost; special characters as %XX.",
         )
-    if isinstance(error, amqp.ConnectionClosed) and _NOT_ALLOWED in error.args[:1] and "limit" not in text:
+    if _is_not_let_in(error):
         return SetupError(
-            f"RabbitMQ at {address} has no such virtual host, or the user may not enter it",
+            f"RabbitMQ at {address} does not let us in: no such virtual host, or not for this user",
             hint="Create it (rabbitmqctl add_vhost), or give the user its permissions (rabbitmqctl set_permissions).",
         )
     if isinstance(error, amqp.ChannelClosed) and "ACCESS_REFUSED" in text:
@@ -348,6 +267,13 @@ def explain(error: BaseException, address: RabbitMQAddress) -> CorralError:
     if isinstance(root, ssl.SSLError) and not isinstance(root, _TLS_LOST):
         return SetupError(f"No TLS with RabbitMQ at {address}: {root.reason or root}", hint="Is it a port with TLS?")
     return Away(f"RabbitMQ at {address} is away: {type(error).__name__} {text}".rstrip())
+
+
+def _is_not_let_in(error: BaseException) -> bool:
+    """Whether it was the name of the virtual host that the server closed the connection for."""
+    if isinstance(error, amqp.InvalidFrameError):  # aiormq 7.2 does not read why
+        return "OpenOk" in str(error) and "Connection.Close" in str(error)
+    return isinstance(error, amqp.ConnectionClosed) and _NOT_ALLOWED in error.args[:1]
 
 
 def _root(error: BaseException) -> BaseException:
@@ -375,7 +301,7 @@ class _Quiet(logging.Filter):
         if not _is_ours.get():
             return True
         text = _CREDENTIALS.sub("//", record.getMessage())
-        logger.debug("%s: %s", record.name, text, exc_info=record.exc_info if record.exc_info else None)
+        logger.debug("%s: %s", record.name, text, exc_info=record.exc_info or None)
         return False
 
 

@@ -1,9 +1,10 @@
 """What a topic is in RabbitMQ: how things are called, and how they are declared.
 
-Three durable exchanges serve all topics. `llama_corral` routes a ticket to the queue of each group that is known, by the topic.
+Three durable exchanges serve all topics. `llama_corral` routes a ticket by its topic to the queue of each group that is
+known.
 Where none is, it hands it to its alternate exchange `llama_corral.unclaimed`, which has a route to the queue of the group
-`default` as soon as somebody has published in vain: so the ticket waits there, and the queue of a group that never comes
-gets nothing once another group is known. `llama_corral.broadcast` routes to the queues of whoever listens.
+`default` as soon as somebody has published in vain. So the ticket waits there; and should another group come instead, that
+queue gets nothing more, and does not fill up. `llama_corral.broadcast` routes to the queues of whoever listens.
 
 Queues of groups are quorum queues. They are declared by whoever comes first, and never deleted here.
 """
@@ -28,8 +29,14 @@ UNCLAIMED: Final = "llama_corral.unclaimed"
 BROADCAST: Final = "llama_corral.broadcast"
 WAITING_GROUP: Final = "default"
 
-# A limit beyond which a message is dropped would be ours to know; the server's own default (20 since RabbitMQ 4) is no matter
-# of a queue that gives back what nobody has a slot for. There is no word for "none" that all versions know.
+_EXCHANGES: Final[dict[str, dict[str, Any]]] = {
+    UNCLAIMED: {},
+    TICKETS: {"alternate-exchange": UNCLAIMED},
+    BROADCAST: {},
+}
+
+# How often a message may come back before the server drops it: 20 times since RabbitMQ 4, if nobody says otherwise. There is
+# no word for "for ever" that all versions know.
 _NO_LIMIT: Final = 2**31 - 1
 
 _TOPIC_BYTES: Final = 150
@@ -62,7 +69,7 @@ async def declare_exchanges(connection: RabbitMQConnection) -> None:
     """Raises what the client raises, and SetupError."""
     try:
         async with await connection.open_channel() as channel:
-            for name, arguments in ((UNCLAIMED, None), (TICKETS, {"alternate-exchange": UNCLAIMED}), (BROADCAST, None)):
+            for name, arguments in _EXCHANGES.items():
                 await channel.declare_exchange(name, ExchangeType.DIRECT, durable=True, arguments=arguments)
     except amqp.ChannelPreconditionFailed as error:
         raise SetupError(
