@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -90,3 +91,11 @@ async def rig(flavour: Any, nothing_left: None) -> AsyncIterator[Rig]:
     """A control plane here; `rig.serve(workflow)` puts services on it."""
     async with open_rig(flavour) as opened:
         yield opened
+
+
+@pytest.fixture
+def free_port() -> Iterator[int]:
+    """A port on which nothing listens: it is bound, so that nobody else gets it."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]

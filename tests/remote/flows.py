@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import anyio
 from workflows import Context, Workflow, step
 from workflows.events import Event, HumanResponseEvent, InputRequiredEvent, StartEvent, StopEvent
 
+from llama_corral.client import Client
 from llama_corral.remote import RemoteWorkflow
 
 
@@ -140,7 +142,7 @@ class Calls(Workflow):
             ctx.write_event_to_stream(event)
         return StopEvent(result=await handler)
 
-    @step
+    @step(num_workers=1)
     async def answer(self, ev: HumanResponseEvent) -> None:
         await self.inner.send_event(ev)
 
@@ -158,3 +160,9 @@ class Awaits(Workflow):
         with anyio.move_on_after(within):
             return StopEvent(result=await self.inner.run(**ev.to_dict()))
         return StopEvent(result="left")
+
+
+# Of programs that tests start
+
+asks = Asks()
+calls = Calls(RemoteWorkflow("asks", lambda: Client(os.environ["CORRAL_TEST_FAR"]), events=[Question]))

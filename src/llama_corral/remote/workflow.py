@@ -144,7 +144,7 @@ class RemoteWorkflow(Workflow):
         """Send an event to the remote run that the caller's run has open. For a step that is given what a person answers
         while another one follows the remote run:
 
-            @step
+            @step(num_workers=1)  # one answer after the other
             async def answer(self, ev: HumanResponseEvent) -> None:
                 await self.form.send_event(ev)
 
