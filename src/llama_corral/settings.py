@@ -130,6 +130,12 @@ class StoreSettings(CorralSettings):
     store_password: SecretStr | None = Field(None, description="Password of the user in the URL of the store.")
 
 
+class ClientSettings(CorralSettings):
+    """What a program that is a client without being given options needs."""
+
+    token: SecretStr | None = Field(None, description="Bearer token of the control plane.")
+
+
 SHORTEST_SECRET: Final = 16
 
 

@@ -11,7 +11,7 @@ from anyio.abc import TaskStatus as Status
 from pydantic import SecretStr
 from workflows.events import HumanResponseEvent
 
-from llama_corral.client import Client, Task
+from llama_corral.client import Client, Task, TaskEvent
 from llama_corral.exceptions import (
     BadInput,
     Conflict,
@@ -324,3 +324,23 @@ async def test_a_cancelled_read_goes_on_where_it_was(client: Client) -> None:
     assert seen == list(range(len(seen)))
     assert events.record is not None
     assert events.record.status == "completed"
+
+
+async def test_the_status_comes_among_the_events_where_it_is_asked_for(client: Client) -> None:
+    task = await client.start("ticking", events=2, hold=True)
+    told: list[object] = []
+    async with task.events(follow_status=True) as events:
+        while (item := await events.receive()) is not None:
+            told.append(item if isinstance(item, TaskStatus) else item.type)
+            if item is TaskStatus.WAITING:
+                await task.send_event(HumanResponseEvent(response="yes"))
+    assert events.record is not None
+    asked = told.index("InputRequiredEvent")
+    assert told.index(TaskStatus.WAITING) == asked + 1
+    assert told[-1] == "StopEvent"
+    assert [each for each in told if not isinstance(each, TaskStatus)] == [event.type for event in await seen(task)]
+
+
+async def seen(task: Task) -> list[TaskEvent]:
+    async with task.events() as events:
+        return [event async for event in events]

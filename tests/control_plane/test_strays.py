@@ -49,7 +49,7 @@ def test_nothing_is_kept_of_instances_without_strays() -> None:
 @pytest.mark.anyio
 @pytest.mark.promise("P1", "P2")
 async def test_a_stray_is_given_to_others_and_what_is_named_stays(anyio_backend: str) -> None:
-    async with open_corral(heartbeat_interval=0.02, lease=0.2) as corral:
+    async with open_corral(heartbeat_interval=0.1, lease=0.5) as corral:
         service = await corral.service(register=False)
         service.instance_id = "far"
         lost = await corral.elsewhere("svc", service)

@@ -56,6 +56,12 @@ class FakeLog:
         if notify:
             self.changes.notify(self.task_id, ended=False)
 
+    def turn(self, status: TaskStatus) -> None:
+        """Another status that is no ending."""
+        assert self.record is not None
+        self.record = replace(self.record, status=status)
+        self.changes.notify(self.task_id, ended=False)
+
     def end(self, status: TaskStatus = TaskStatus.COMPLETED, *, notify: bool = True) -> None:
         assert self.record is not None
         self.record = replace(self.record, status=status, result='{"a": 1}', result_text="a=1", owner=None)

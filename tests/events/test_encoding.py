@@ -20,6 +20,7 @@ from llama_corral.events import (
     sse_event,
 )
 from llama_corral.exceptions import BadInput, StoreUnavailable
+from llama_corral.protocol.lifecycle import TaskStatus
 from llama_corral.protocol.messages import ErrorRecord, TaskResult
 from llama_corral.protocol.records import StoredEvent
 
@@ -167,3 +168,17 @@ async def test_an_error_after_the_beginning_is_a_frame(store: FakeLog, changes: 
         "error": {"code": "store_unavailable", "message": "The store is away", "hint": "Try again."}
     }
     assert [chunk async for chunk in body] == []
+
+
+@pytest.mark.anyio
+async def test_an_sse_body_tells_statuses_to_who_asks(store: FakeLog, changes: Changes) -> None:
+    store.append(0)
+    body = SseBody(read_log(store, changes, "t", statuses=True))
+    running = b'event: status\ndata: {"status": "running"}\n\n'
+    assert await anext(body) == b'id: 0\nevent: Progress\ndata: {"n": 0}\n\n' + running
+    store.turn(TaskStatus.WAITING)
+    assert await anext(body) == running.replace(b"running", b"waiting")
+    store.append(1)
+    assert (await anext(body)).count(b"event:") == 1  # it still waits
+    store.end()
+    assert b"status:" not in await anext(body)

@@ -406,3 +406,46 @@ async def test_long_poll_backstop(store: FakeLog, changes: Changes) -> None:
         tasks.start_soon(poll)
         await anyio.wait_all_tasks_blocked()
         store.end(notify=False)
+
+
+async def test_statuses_come_behind_the_events_before_them_and_once_each(store: FakeLog, changes: Changes) -> None:
+    told: list[object] = []
+    store.append(0, 1, 2)
+
+    async def read() -> None:
+        log = LogReader(store, changes, "t", statuses=True, page_events=2)
+        async for page in log:
+            told.extend(event.index for event in page.events)
+            if log.status is not None and (not told or told[-1] != log.status):
+                told.append(log.status)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        assert told == [0, 1, 2, "running"]
+        changes.notify("t", ended=False)  # nothing that it would tell
+        await anyio.wait_all_tasks_blocked()
+        store.turn(TaskStatus.WAITING)
+        await anyio.wait_all_tasks_blocked()
+        assert told == [0, 1, 2, "running", "waiting"]
+        store.turn(TaskStatus.RUNNING)
+        store.append(3)
+        await anyio.wait_all_tasks_blocked()
+        store.end()
+    assert told == [0, 1, 2, "running", "waiting", 3, "running", "completed"]
+
+
+async def test_who_asks_for_no_statuses_is_told_none(store: FakeLog, changes: Changes) -> None:
+    pages: list[object] = []
+    async with anyio.create_task_group() as tasks:
+
+        async def read() -> None:
+            pages.extend([page async for page in read_log(store, changes, "t")])
+
+        tasks.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        store.turn(TaskStatus.WAITING)
+        await anyio.wait_all_tasks_blocked()
+        assert pages == []
+        store.end()
+    assert len(pages) == 1

@@ -32,13 +32,15 @@ PATIENCE = 8.0
 
 
 async def until(condition: Callable[[], Any]) -> None:
-    """For conditions whose change nobody announces: look whenever nothing else can run."""
+    """For conditions whose change nobody announces: look whenever nothing else can run, and every now and then where on
+    a slow machine something always can."""
     with anyio.fail_after(PATIENCE):
         while True:
             found = condition()
             if await found if inspect.isawaitable(found) else found:
                 return
-            await anyio.wait_all_tasks_blocked()
+            with anyio.move_on_after(0.1):
+                await anyio.wait_all_tasks_blocked()
 
 
 class Gate:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import ssl
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, Self
 
 import anyio
+import sniffio
 from pydantic import SecretStr
 
 from .. import exceptions as exc
@@ -53,7 +54,11 @@ class Client(anyio.AsyncContextManagerMixin):
     Attributes:
         services: List and get services.
         sessions: Create, get, list and delete sessions.
+        library: "trio" or "asyncio": what the block was entered in. Its connections work in that one only, which makes a
+            difference where Trio hosts an asyncio loop. None before.
     """
+
+    library: str | None = None
 
     def __init__(
         self,
@@ -80,6 +85,7 @@ class Client(anyio.AsyncContextManagerMixin):
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self, None]:
+        self.library = sniffio.current_async_library()
         try:
             yield self
         finally:
@@ -146,7 +152,7 @@ class Client(anyio.AsyncContextManagerMixin):
         )
         if not isinstance(answer, dict) or "task_id" not in answer:
             raise not_ours(self.url, "its answer is no task")
-        return Task(self.http, answer["task_id"], self._reconnect_for, answer.get("session_id"))
+        return Task(self.http, answer["task_id"], self._reconnect_for, answer.get("session_id"), answer.get("status"))
 
     async def run(
         self,
@@ -194,12 +200,15 @@ class Client(anyio.AsyncContextManagerMixin):
         *,
         task_id: str | None = None,
         idempotency_key: str | None = None,
-        keep_on_cancel: bool = False,
+        keep_on_cancel: bool | Callable[[], bool] = False,
         **more: Any,
     ) -> AsyncGenerator[Task, None]:
         """`start` as a block that owns the task: if it is cancelled or raises, the task is cancelled on the server.
 
         Leaving it normally, or with a `TaskEnded`, leaves the task as it is. Arguments are those of `start`.
+
+        Args:
+            keep_on_cancel: Leave the task running in any case; or what to ask, when it comes to that, whether to.
         """
         chosen = _chosen_id(service, task_id, idempotency_key)
         unclear = False  # whether there may be a task that nobody was told of
@@ -219,7 +228,8 @@ class Client(anyio.AsyncContextManagerMixin):
         except exc.TaskEnded:
             raise
         except BaseException:
-            if unclear and not keep_on_cancel:
+            kept = keep_on_cancel() if callable(keep_on_cancel) else keep_on_cancel
+            if unclear and not kept:
                 with anyio.move_on_after(CANCEL_GRACE, shield=True):
                     await self._cancel_quietly(chosen)
             raise

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from ..exceptions import Draining, Unavailable
 from ..http_answers import from_shape, no_answer, not_ours
 from ..http_urls import path_of
+from ..protocol.lifecycle import TaskStatus
 from ..protocol.messages import TaskResult
 from .http import Http, Patience, StreamBody
 from .sse import Frame, SseParser
@@ -52,13 +53,17 @@ class TaskEvents:
         record: How the task ended; None until the iteration has ended.
     """
 
-    def __init__(self, http: Http, task_id: str, start: int, reconnect_for: float) -> None:
+    def __init__(
+        self, http: Http, task_id: str, start: int, reconnect_for: float, *, follow_status: bool = False
+    ) -> None:
         self.task_id = task_id
         self.cursor = start
         self.record: TaskResult | None = None
         self._http = http
         self._patience = Patience(reconnect_for)
-        self._pending: deque[TaskEvent] = deque()
+        self._follow_status = follow_status
+        self._status: TaskStatus | None = None
+        self._pending: deque[TaskEvent | TaskStatus] = deque()
         self._body: StreamBody | None = None
         self._parser = SseParser()
         self._read = start
@@ -68,6 +73,14 @@ class TaskEvents:
         return self
 
     async def __anext__(self) -> TaskEvent:
+        while (item := await self.receive()) is not None:
+            if isinstance(item, TaskEvent):
+                return item
+        raise StopAsyncIteration
+
+    async def receive(self) -> TaskEvent | TaskStatus | None:
+        """The next event; or, where `follow_status` was asked for, the task's status if it is another than was told last,
+        in its place among the events. None at the end. Iterating skips what is no event."""
         if self._pending:
             await checkpoint()  # a page of events must not make a loop over them immune to cancellation
         while not self._pending and self._ended is None:
@@ -85,12 +98,13 @@ class TaskEvents:
                 await self.aclose()
                 raise
         if self._pending:
-            event = self._pending.popleft()
-            self.cursor = event.index + 1
-            return event
+            item = self._pending.popleft()
+            if isinstance(item, TaskEvent):
+                self.cursor = item.index + 1
+            return item
         await self.aclose()
         self.record = self._ended
-        raise StopAsyncIteration
+        return None
 
     async def aclose(self) -> None:
         """Let go of the connection. Iterating again opens a new one and goes on."""
@@ -126,7 +140,7 @@ class TaskEvents:
         return await self._http.open_stream(
             path_of("tasks", self.task_id, "events"),
             # The header counts where the server goes on; before the first event only the query can.
-            params={"from": self._read},
+            params={"from": self._read} | ({"status": "true"} if self._follow_status else {}),
             headers={"Last-Event-ID": str(self._read - 1)} if self._read else {},
         )
 
@@ -135,6 +149,8 @@ class TaskEvents:
             self._take_event(frame)
         elif frame.event == "end":
             self._ended = self._parse_ending(frame.data)
+        elif frame.event == "status":
+            self._take_status(self._load(frame.data).get("status"))
         elif frame.event == "drain":
             raise Draining(f"{self._http.url} is stopping", hint="Connect again.", url=self._http.url)
         elif frame.event == "error":
@@ -154,6 +170,11 @@ class TaskEvents:
         self._pending.append(TaskEvent(index, frame.event, _fields(self._load(frame.data))))
         self._read = index + 1
         self._patience.progress()
+
+    def _take_status(self, value: Any) -> None:
+        if value in set(TaskStatus) and value != self._status:  # one that only newer servers know says nothing to us
+            self._status = TaskStatus(value)
+            self._pending.append(self._status)
 
     def _parse_ending(self, text: str) -> TaskResult:
         try:

@@ -66,20 +66,33 @@ class Task:
     Attributes:
         id: Its id.
         session_id: The session it runs in, where it is known without asking.
+        status_at_start: Its status in the answer to the request that started it, or found it; None for a handle by id.
     """
 
-    def __init__(self, http: Http, task_id: str, reconnect_for: float, session_id: str | None = None) -> None:
+    def __init__(
+        self,
+        http: Http,
+        task_id: str,
+        reconnect_for: float,
+        session_id: str | None = None,
+        status_at_start: str | None = None,
+    ) -> None:
         self.id = task_id
         self.session_id = session_id
+        self.status_at_start = status_at_start
         self._http = http
         self._reconnect_for = reconnect_for
 
     def __repr__(self) -> str:
         return f"<Task {self.id}>"
 
-    def events(self, start: int = 0) -> TaskEvents:
-        """The task's events from index `start` on, as they come, until it has ended."""
-        return TaskEvents(self._http, self.id, start, self._reconnect_for)
+    def events(self, start: int = 0, *, follow_status: bool = False) -> TaskEvents:
+        """The task's events from index `start` on, as they come, until it has ended.
+
+        Args:
+            follow_status: Let `receive` of the stream also tell when the task's status changes.
+        """
+        return TaskEvents(self._http, self.id, start, self._reconnect_for, follow_status=follow_status)
 
     async def wait(self, timeout: float | None = None) -> TaskResult:  # noqa: ASYNC109 - as in any client
         """How the task ended, whichever way, as soon as it has.

@@ -81,6 +81,9 @@ class StoreCoordinator(Coordinator):
         if claim is None:
             # Most often it is done already; but a task of a session that is ticketed early may not start yet.
             self._effects.look_again()
+        else:
+            # For who follows its status here. Elsewhere the first report tells: a broadcast for each claim costs more.
+            self._effects.changes.notify(ticket.task_id, ended=False)
         return claim
 
     async def report(self, report: Report) -> ReportAnswer:
@@ -90,7 +93,7 @@ class StoreCoordinator(Coordinator):
             try:
                 answer = await self._store.report(report)
             finally:
-                if terminal is None and report.events:
+                if terminal is None and (report.events or report.waiting is not None):
                     self._effects.changed(report.task_id, ended=False)
             if terminal is not None:
                 self._effects.ended(report.task_id, terminal, answer)

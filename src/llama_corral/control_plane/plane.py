@@ -359,10 +359,16 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         """Messages that nobody could read or handle, newest first, from the one before number `before` on."""
         return await self._store.list_dead_letters(before=before, limit=limit)
 
-    def open_log(self, task_id: str, start: int = 0, *, drain: Any = None) -> LogReader:
+    def open_log(self, task_id: str, start: int = 0, *, drain: Any = None, statuses: bool = False) -> LogReader:
         """The task's events from `start` to the terminal record, as they come: see `events.read_log`."""
         return read_log(
-            self._store, self._effects.changes, task_id, start, drain=drain, backstop=self.config.backstop_interval
+            self._store,
+            self._effects.changes,
+            task_id,
+            start,
+            drain=drain,
+            backstop=self.config.backstop_interval,
+            statuses=statuses,
         )
 
     async def wait_result(

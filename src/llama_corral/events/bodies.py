@@ -11,8 +11,9 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from ..exceptions import CorralError, Draining
+from ..protocol.lifecycle import TaskStatus
 from ..protocol.records import EventPage
-from .encoding import SSE_HEARTBEAT, ndjson_line, sse_drain, sse_end, sse_error, sse_event
+from .encoding import SSE_HEARTBEAT, ndjson_line, sse_drain, sse_end, sse_error, sse_event, sse_status
 from .log import LogReader
 
 HEARTBEAT: Final = 15.0
@@ -40,7 +41,8 @@ class NdjsonBody:
 
 
 class SseBody:
-    """Frames of events, then one of `end`, `drain` or `error`; comments in between keep quiet connections alive.
+    """Frames of events, then one of `end`, `drain` or `error`; comments in between keep quiet connections alive. Where the
+    reader follows the task's `statuses`, a frame tells each, behind the events that came before it.
 
     An error of the store or a deleted task becomes the `error` frame: the status of the answer is sent already. Call
     `log.open()` before the answer begins to have the usual errors as statuses.
@@ -50,6 +52,7 @@ class SseBody:
         self.log = log
         self._heartbeat = heartbeat
         self._closed = False
+        self._told: TaskStatus | None = None
 
     def __aiter__(self) -> Self:
         return self
@@ -78,7 +81,11 @@ class SseBody:
         if page is not None and self.log.ended:
             self._closed = True
             frames.append(sse_end(page.record))
-        elif self.log.drained:
+            return b"".join(frames)
+        if self.log.status is not None and self.log.status is not self._told:
+            self._told = self.log.status
+            frames.append(sse_status(self._told))
+        if self.log.drained:
             self._closed = True
             frames.append(sse_drain(self.log.cursor))
         return b"".join(frames)

@@ -6,6 +6,9 @@ Frames of server-sent events:
     event: app.Progress        its type and its fields
     data: {"percent": 40}
 
+    event: status              the task's status, where the reader asked for it: at once, and when it has changed
+    data: {"status": "waiting"}
+
     event: end                 the log is complete; `data` is the task's result as the result route answers it
     event: drain               this process stops; connect again with the Last-Event-ID (`data`: {"from": 8})
     event: error               the log cannot be read on; `data` is the error as a refused request would show it
@@ -20,6 +23,7 @@ import json
 from typing import Final
 
 from ..exceptions import BadInput, CorralError
+from ..protocol.lifecycle import TaskStatus
 from ..protocol.messages import TaskResult
 from ..protocol.records import StoredEvent, TaskRecord
 
@@ -54,6 +58,10 @@ def ndjson_line(event: StoredEvent) -> bytes:
 
 def sse_event(event: StoredEvent) -> bytes:
     return _frame(event.type, event.payload, index=event.index)
+
+
+def sse_status(status: TaskStatus) -> bytes:
+    return _frame("status", json.dumps({"status": status.value}))
 
 
 def sse_end(record: TaskRecord) -> bytes:

@@ -14,6 +14,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from ..exceptions import NotFound
+from ..protocol.lifecycle import TaskStatus
 from ..protocol.records import EventPage, TaskRecord
 from .changes import Changes, Watch
 
@@ -35,6 +36,8 @@ class ReadableLog(Protocol):
 class LogReader:
     """An async iterator of `EventPage`: each has events, except that the last may be the terminal record alone.
 
+    With `statuses` one comes also where the task has another status: `status` is the one behind all events so far.
+
     `ended` is True once the page with the terminal record was read, `drained` if the iteration ends before that because
     the process is stopping; `cursor` is the index at which another reader would go on.
 
@@ -53,6 +56,7 @@ class LogReader:
         start: int = 0,
         *,
         drain: anyio.Event | None = None,
+        statuses: bool = False,
         page_events: int = PAGE_EVENTS,
         page_bytes: int = PAGE_BYTES,
         backstop: float | None = BACKSTOP,
@@ -61,6 +65,8 @@ class LogReader:
         self.cursor = start
         self.ended = False
         self.drained = False
+        self.status: TaskStatus | None = None
+        self._statuses = statuses
         self._store = store
         self._changes = changes
         self._drain = drain
@@ -128,7 +134,13 @@ class LogReader:
 
     def _take_kept(self) -> EventPage | None:
         page, self._kept = self._kept, None
-        return page if page is not None and (page.events or self.ended) else None
+        return page if page is not None and self._is_news(page) else None
+
+    def _is_news(self, page: EventPage) -> bool:
+        before = self.status
+        if self._statuses and not self._must_read:
+            self.status = page.record.status
+        return bool(page.events) or self.ended or self.status is not before
 
     async def _next(self) -> EventPage:
         while not (self.ended or self.drained):
@@ -138,7 +150,7 @@ class LogReader:
                     await _wait_news(watch, self._drain)
                 self._must_read = True
             page = await self._read()
-            if page.events or self.ended:
+            if self._is_news(page):
                 return page
         raise StopAsyncIteration
 
@@ -170,20 +182,22 @@ def read_log(
     start: int = 0,
     *,
     drain: anyio.Event | None = None,
+    statuses: bool = False,
     backstop: float | None = BACKSTOP,
 ) -> LogReader:
     """Iterate over a task's log from index `start` until its terminal record; an index beyond the end waits for it.
 
     `changes.drain()` ends the iteration cleanly after what is stored; so does the event `drain`, where somebody else
     stops, at the price of a task group for each wait. `backstop` reads again when no news came for so long: wake-ups
-    from other processes are hints.
+    from other processes are hints. With `statuses` a page comes also for the status at the first read and for each change
+    of it that a read finds; one that lasts shorter may not be seen.
 
         with read_log(store, changes, task_id) as log:
             async for page in log:
                 ...page.events...
         # now page.record is terminal, or log.drained
     """
-    return LogReader(store, changes, task_id, start, drain=drain, backstop=backstop)
+    return LogReader(store, changes, task_id, start, drain=drain, statuses=statuses, backstop=backstop)
 
 
 async def wait_terminal(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 import uuid
 from collections.abc import Sequence
 from typing import Final
@@ -25,13 +26,14 @@ def reap(tx: Transaction, dead_instances: Sequence[str], now: float) -> Reaped:
     taken: list[Ticket | SendAnswer] = []
     for instance_id in dead_instances:
         tx.run(tx.sql.delete_instance, {"instance_id": instance_id})
-        for row in tx.all(tx.sql.owned_by, {"instance_id": instance_id}):
+        for row in tx.take(tx.sql.owned_by, {"instance_id": instance_id}, sys.maxsize):
             taken += _take_away(tx, TaskState._make(row), now)
     return _reaped(taken)
 
 
 def reclaim(tx: Transaction, instance_id: str, strays: Sequence[HeldTask], now: float) -> Reaped:
     taken: list[Ticket | SendAnswer] = []
+    tx.hold_lines(of_tasks=[stray.task_id for stray in strays])
     for stray in strays:
         state = lock_state(tx, stray.task_id)
         if state is None or state.owner != instance_id or state.epoch != stray.epoch or state.is_ended:

@@ -37,9 +37,9 @@ _FROM_1 = (
     "CREATE INDEX corral_tasks_finished ON corral_tasks (finished_at) WHERE finished_at IS NOT NULL",
 )
 
-MIGRATIONS: Mapping[int, tuple[str, ...]] = {1: _FROM_1}
-"""The SQL that leads from a schema version to the next one. Runs in one transaction with the new version row. Version 1 was
-never on anything but SQLite."""
+MIGRATIONS: Mapping[str, Mapping[int, tuple[str, ...]]] = {"sqlite": {1: _FROM_1}, "postgresql": {}}
+"""By dialect: the SQL that leads from a schema version to the next one. Runs in one transaction with the new version row.
+Version 1 was never on anything but SQLite."""
 
 
 def creation(dialect: Dialect) -> list[str]:
@@ -53,7 +53,7 @@ def creation(dialect: Dialect) -> list[str]:
     return statements
 
 
-def steps_from(found: int) -> list[str]:
+def steps_from(found: int, dialect: str) -> list[str]:
     """The statements that lead from the found version to ours.
 
     Raises:
@@ -68,7 +68,11 @@ def steps_from(found: int) -> list[str]:
         )
     steps: list[str] = []
     for version in range(found, tables.SCHEMA_VERSION):
-        if version not in MIGRATIONS:
-            raise StoreError(f"The store has schema version {found}, from which no migration is known.", found=found)
-        steps += MIGRATIONS[version]
+        if version not in MIGRATIONS[dialect]:
+            raise StoreError(
+                f"The store has schema version {found}, from which no migration is known.",
+                hint="Restore it from a backup, or start with an empty store.",
+                found=found,
+            )
+        steps += MIGRATIONS[dialect][version]
     return steps

@@ -107,6 +107,13 @@ class EventsQuery(Strict):
     )
 
 
+class FollowQuery(EventsQuery):
+    status: bool = Field(
+        False,
+        description="Also tell the task's status, at once and when it has changed: frames `status` without an id.",
+    )
+
+
 class RetryQuery(Strict):
     fresh: bool = Field(False, description="From the beginning, also where a checkpoint was left.")
 

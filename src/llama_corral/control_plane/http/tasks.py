@@ -14,6 +14,7 @@ from .models import (
     INDEX_SCHEMA,
     CancelAnswer,
     EventsQuery,
+    FollowQuery,
     ResultQuery,
     RetryAnswer,
     RetryQuery,
@@ -76,7 +77,7 @@ class TaskRoutes:
         return Stream(NdjsonBody(log), bytes, NDJSON_CONTENT_TYPE, ends_on_drain=False)
 
     async def get_session_task_events(
-        self, session_id: str, task_id: str, query: EventsQuery, request: Request
+        self, session_id: str, task_id: str, query: FollowQuery, request: Request
     ) -> Stream:
         """The events of a task as server-sent events, from the beginning or from where the client left off.
 
@@ -121,7 +122,7 @@ class TaskRoutes:
         """The outcome of a task; null while it is pending, at the latest after `?wait=SECONDS`."""
         return await self._result(await self.plane.get_task(task_id), query, request)
 
-    async def get_task_events(self, task_id: str, query: EventsQuery, request: Request) -> Stream:
+    async def get_task_events(self, task_id: str, query: FollowQuery, request: Request) -> Stream:
         """The events of a task as server-sent events: see the route below the session."""
         return await self._events(task_id, query, request)
 
@@ -171,9 +172,9 @@ class TaskRoutes:
             record = ended
         return task_result(record)
 
-    async def _events(self, task_id: str, query: EventsQuery, request: Request) -> Stream:
+    async def _events(self, task_id: str, query: FollowQuery, request: Request) -> Stream:
         start = parse_cursor(request.headers.get("last-event-id"), query.start)
-        log = self.plane.open_log(task_id, start, drain=request.drain)
+        log = self.plane.open_log(task_id, start, drain=request.drain, statuses=query.status)
         await log.open()
         return Stream(SseBody(log), bytes, SSE_CONTENT_TYPE, ends_on_drain=False)
 

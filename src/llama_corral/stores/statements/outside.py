@@ -47,15 +47,17 @@ class Outside(Base):
             .where(by_no, _t.owner == _b("instance_id"), status_in(OWNED))
             .values(owner=sa.null(), nonce=sa.null(), attempts=_t.attempts + ONE)
         )
-        self.owned_by = self._sql(
+        self.owned_by = self._taking(
             sa.select(*STATE)
             .where(_t.owner == _b("instance_id"), _t.owner.is_not(None), IS_OPEN)
             .order_by(_t.no)
-            .with_for_update()
+            .limit(_b("limit"))
+            .offset(ZERO),
+            lines=True,
         )
         # One statement a status: then each walks its index from the first that is due, whatever is due behind it.
         self.overdue = {
-            status: self._sql(
+            status: self._taking(
                 sa.select(*STATE)
                 .where(
                     _t.deadline.is_not(None),
@@ -65,12 +67,12 @@ class Outside(Base):
                 )
                 .order_by(_t.deadline)
                 .limit(_b("limit"))
-                .offset(ZERO)
-                .with_for_update()
+                .offset(ZERO),
+                lines=True,
             )
             for status in UNOWNED
         }
-        self.waking = self._sql(
+        self.waking = self._taking(
             sa.select(*STATE)
             .where(
                 _t.wake_at.is_not(None),
@@ -81,7 +83,6 @@ class Outside(Base):
             .order_by(_t.wake_at)
             .limit(_b("limit"))
             .offset(ZERO)
-            .with_for_update()
         )
         self.owned_briefly = self._sql(
             sa.select(_t.task_id, _t.epoch, _t.cancel_requested, _t.inbox_head)

@@ -29,6 +29,12 @@ class Registry(Base):
     def _define_registry(self) -> None:
         self.get_meta = self._sql(sa.select(meta.c.value).where(meta.c.key == _b("key")))
         self.put_meta = self._upsert(meta)
+        # Never backwards: whoever else deletes tasks at this moment may have written a higher one.
+        highest = self._insert_into(meta, "key", "value")
+        higher = sa.cast(highest.excluded.value, sa.BigInteger) > sa.cast(meta.c.value, sa.BigInteger)
+        self.raise_meta = self._sql(
+            highest.on_conflict_do_update(index_elements=["key"], set_={"value": highest.excluded.value}, where=higher)
+        )
         self.put_service = self._upsert(services)
         self.put_instance = self._upsert(instances)
         by_name = services.c.service_name == _b("service_name")
