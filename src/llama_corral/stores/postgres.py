@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -74,7 +75,9 @@ class SharedTransaction(Transaction):
         else:
             self._cursor.executemany(sql, rows)
 
-    def take(self, which: Taking, values: Mapping[str, Any], limit: int, *, wait: bool = True) -> list[Row]:
+    def take(
+        self, which: Taking, values: Mapping[str, Any], limit: int = sys.maxsize, *, wait: bool = True
+    ) -> list[Row]:
         assert which.free is not None
         if limit <= 0:
             return []

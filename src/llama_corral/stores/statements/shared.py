@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from ..tables import EXPLICIT, sessions, tasks
-from .base import Base, many
+from .base import ONE, Base, many
 
 _t = tasks.c
 _b = sa.bindparam
@@ -13,7 +13,8 @@ _b = sa.bindparam
 
 class Shared(Base):
     def _define_shared(self) -> None:
-        of_tasks = sa.select(_t.session_id).where(_t.task_id == sa.any_(many("tasks")), EXPLICIT)
+        # Not spelled as EXPLICIT: while the tables are small, an index of those alone would look as good as that of the ids.
+        of_tasks = sa.select(_t.session_id).where(_t.task_id == sa.any_(many("tasks")), _t.implicit_session < ONE)
         named = sa.select(sa.func.unnest(many("sessions")))
         self.lock_lines = self._sql(self._locking_lines(sessions.c.session_id.in_(of_tasks.union_all(named))))
         by_id = sessions.c.session_id == _b("session_id")
