@@ -90,7 +90,7 @@ def test_each_question_has_its_index(name: str, index: str) -> None:
 @pytest.mark.parametrize("dialect", list(DIALECTS))
 def test_every_statement_exists_in_every_dialect(dialect: str) -> None:
     names = {name for name, _ in every_statement(statements_for(dialect))}
-    shared = {"lock_line", "lock_lines", "lock_tasks"} if dialect == "postgresql" else set()
+    shared = {"lock_line", "lock_lines", "lock_lines_of", "lock_tasks"} if dialect == "postgresql" else set()
     shared |= {name for name in names if name.endswith((".free", ".lines", ".with_events"))}
     assert names - shared == {name for name, _ in every_statement(statements_for("sqlite"))}
     assert any("CREATE UNIQUE INDEX" in statement for statement in schema.creation(DIALECTS[dialect]()))
