@@ -117,6 +117,12 @@ class ServerSettings(CorralSettings):
         return self
 
 
+class ClientSettings(CorralSettings):
+    """What a program that is a client without being given options needs."""
+
+    token: SecretStr | None = Field(None, description="Bearer token of the control plane.")
+
+
 SHORTEST_SECRET: Final = 16
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import ssl
 from dataclasses import dataclass, field
@@ -10,13 +11,17 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import anyio
 import anyio.abc
+from anyio.lowlevel import checkpoint_if_cancelled
 from coredis.connection import BaseConnection, Location, TCPLocation
 from coredis.connection import UnixDomainSocketLocation as UnixLocation
+from coredis.exceptions import RedisError
 from pydantic import SecretStr
 
 from ..exceptions import SetupError
 from .urls import credentials_of
 
+CONNECT_TIME: Final = 5.0
+"""Seconds for a connection to be opened."""
 CLIENT_NAME: Final = "llama-corral"
 
 _DEFAULT_PORT: Final = 6379
@@ -123,22 +128,71 @@ class Connection(BaseConnection):
 
 
 async def run_connection(address: RedisAddress, *, task_status: anyio.abc.TaskStatus[Connection]) -> None:
-    """Open a connection and keep it until it is lost, or cancelled. Started, with the connection, when it can be used."""
-    stream = await address.connect()
-    # Without a checkpoint up to its own care of what it holds.
+    """Open a connection and keep it until it is lost, or cancelled. Started, with the connection, when it can be used.
+
+    Raises:
+        coredis.exceptions.RedisError, OSError: it could not be opened. Its loss later on is no error.
+    """
+    with anyio.fail_after(CONNECT_TIME):
+        stream = _Impatient(await address.connect())
+    # No checkpoint until it takes care of what it holds.
     connection = Connection(address, stream)
-    await connection.run(task_status=_Starting(task_status, connection))
+    failure: RedisError | None = None
+    try:
+        await connection.run(task_status=_Starting(task_status, connection, stream))
+    except RedisError as error:
+        failure = error
+    if failure is not None:
+        # coredis puts its own error in the place of a cancellation while it says hello.
+        await checkpoint_if_cancelled()
+        raise failure
 
 
 class _Starting:
     """Passes on what has started."""
 
-    def __init__(self, task_status: anyio.abc.TaskStatus[Connection], connection: Connection) -> None:
+    def __init__(
+        self, task_status: anyio.abc.TaskStatus[Connection], connection: Connection, stream: _Impatient
+    ) -> None:
         self._task_status = task_status
         self._connection = connection
+        self._stream = stream
 
     def started(self, value: None = None) -> None:
+        self._stream.be_patient()
         self._task_status.started(self._connection)
+
+
+class _Impatient(anyio.abc.ByteStream):
+    """Breaks if nothing is received before the deadline. coredis takes that for the loss it is; for a cancellation of its
+    hello, which is the other way to end it, it writes a traceback to the log."""
+
+    def __init__(self, stream: anyio.abc.ByteStream) -> None:
+        self._deadline = anyio.current_time() + CONNECT_TIME
+        self._receiving: anyio.CancelScope | None = None
+        self._stream = stream
+
+    def be_patient(self) -> None:
+        """Wait as long as it takes from now on."""
+        self._deadline = math.inf
+        if self._receiving is not None:
+            self._receiving.deadline = math.inf
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        if self._deadline == math.inf:
+            return await self._stream.receive(max_bytes)
+        with anyio.CancelScope(deadline=self._deadline) as self._receiving:
+            return await self._stream.receive(max_bytes)
+        raise anyio.BrokenResourceError(f"no answer in {CONNECT_TIME:g} s")
+
+    async def send(self, item: bytes) -> None:
+        await self._stream.send(item)
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 def _tls(options: dict[str, str], scheme: str) -> ssl.SSLContext | None:

@@ -212,16 +212,17 @@ class RedisConsumer(Consumer):
             return
         self._left = True
         self._news.set()
+        reading = self._reading
+        is_blocked = reading is not None and not reading.request.complete
+        self.link.close()
         try:
-            if self._reading is not None and not self._reading.request.complete:
+            if reading is not None and is_blocked:
                 # Else it might bring something when everything else is back already.
-                await self._end_read(self._reading, b"CLIENT KILL", b"ID")
+                await self._end_read(reading, b"CLIENT KILL", b"ID")
             await self._settle(patience=0)
             await self._queue.run(RELEASE, self._keys[2:], self._group, self._name, 1, patience=0)
         except CorralError as error:
             logger.debug("what a consumer of %s had open comes back later: %s", self.topic, error)
-        finally:
-            self.link.close()
 
     async def _join(self, connection: Connection) -> None:
         """Make the group known. What the server handed out to us over a connection that was lost comes back."""

@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import anyio
 import anyio.abc
-from anyio.lowlevel import checkpoint_if_cancelled
 from coredis import exceptions as redis
 
 from ..exceptions import CorralError, QueueUnavailable, SetupError
@@ -25,10 +24,10 @@ from .redis_scripts import Argument
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIME: Final = 5.0
-"""Seconds for a connection to be opened and prepared."""
 ANSWER_TIME: Final = 10.0
 """Seconds after which a server that does not answer counts as lost."""
+LEAST_ANSWER_TIME: Final = 2.0
+"""Seconds that a request gets however little patience is left."""
 PING_PERIOD: Final = 15.0
 """Seconds between two looks whether an idle connection still has somebody at its other end."""
 OLDEST_SERVER: Final = (6, 2)
@@ -74,7 +73,8 @@ class RedisLink:
         self._serve = serve
         self._pinged = pinged
         self._backoff = Backoff(initial=0.05, maximum=2.0, healthy_after=5.0)
-        self._scope = anyio.CancelScope()
+        self._scope: anyio.CancelScope | None = None
+        self._closed = False
         self._up = anyio.Event()
         self._reason: BaseException | None = None
 
@@ -87,17 +87,20 @@ class RedisLink:
             QueueUnavailable: it could not be opened within `patience` seconds.
             SetupError: it never will be: wrong password, wrong certificate, a server too old.
         """
-        with self._scope:
+        if self._closed:
+            raise self.trouble()
+        with anyio.CancelScope() as self._scope:
             failures, give_up = 0, anyio.current_time() + self._patience
             while True:
                 begun = anyio.current_time()
                 try:
                     await self._live(task_status)
                 except (redis.RedisError, OSError, CorralError) as error:
-                    # coredis puts its own error in the place of a cancellation that comes while it connects.
-                    await checkpoint_if_cancelled()
                     self._reason = error
-                failures = 1 if anyio.current_time() - begun >= self._backoff.healthy_after else failures + 1
+                    failures += 1
+                else:
+                    is_healthy = anyio.current_time() - begun >= self._backoff.healthy_after
+                    failures = 1 if is_healthy else failures + 1
                 delay = self._backoff.delay(failures)
                 if self.reconnects < 0:
                     trouble = self.trouble()
@@ -111,11 +114,10 @@ class RedisLink:
         """One connection, from its opening to its end."""
         lost = anyio.Event()
         async with open_support_group() as group:
-            with anyio.fail_after(CONNECT_TIME):
-                connection = await group.start(self._run, lost, name=f"Redis connection ({self._name})")
-                check_version(connection)
-                if self._prepare is not None:
-                    await self._prepare(connection)
+            connection = await group.start(self._run, lost, name=f"Redis connection ({self._name})")
+            check_version(connection)
+            if self._prepare is not None:
+                await self._prepare(connection)
             self.connection, self._reason = connection, None
             self.reconnects += 1
             if self.reconnects:
@@ -149,8 +151,10 @@ class RedisLink:
 
     def close(self) -> None:
         """End it. Whoever waits for it is told."""
-        self._scope.cancel()
+        self._closed = True
         self._up.set()
+        if self._scope is not None:
+            self._scope.cancel()
 
     def drop(self, connection: Connection, reason: BaseException) -> None:
         """Do not use this connection any more; open another one."""
@@ -173,7 +177,7 @@ class RedisLink:
             QueueUnavailable: closed, or it is away beyond the deadline.
         """
         with anyio.CancelScope(deadline=deadline):
-            while not self._scope.cancel_called:
+            while not self._closed:
                 if self.connection is not None:
                     return self.connection
                 await self._up.wait()
@@ -192,7 +196,7 @@ class RedisLink:
             connection = self.connection or await self.wait_open(deadline)
             begun = anyio.current_time()
             try:
-                timeout = max(0.1, min(ANSWER_TIME, deadline - begun))
+                timeout = min(ANSWER_TIME, max(LEAST_ANSWER_TIME, deadline - begun))
                 return await connection.create_request(command, *arguments, timeout=timeout)
             except LOST as error:
                 if not isinstance(error, TimeoutError) or anyio.current_time() - begun >= ANSWER_TIME:
@@ -206,7 +210,7 @@ class RedisLink:
 
     def trouble(self) -> CorralError:
         """Why there is no connection."""
-        if self._scope.cancel_called:
+        if self._closed:
             return QueueUnavailable("The queue is closed", hint="Use it inside its `async with` block.")
         return explain(self._reason or TimeoutError("no answer"), self.address)
 
@@ -249,10 +253,11 @@ def explain(error: BaseException, address: RedisAddress) -> CorralError:
         )
     if isinstance(error, redis.ResponseError) and "DB index" in str(error):
         return SetupError(f"Redis at {address}: {error}", **where)
-    if isinstance(error, redis.ResponseError):
+    if isinstance(error, redis.RedisError) and not isinstance(error, redis.ConnectionError):
         return QueueUnavailable(f"Redis at {address} cannot do it: {error}", **where)
-    reason = f"{type(root).__name__} {root}".rstrip()
-    return QueueUnavailable(f"Redis at {address} is away: {reason}", **where)
+    reason = "no answer" if isinstance(error, TimeoutError) else f"{type(root).__name__} {root}".rstrip()
+    hint = "Is it running, and is the URL right? The queue goes on when it is back."
+    return QueueUnavailable(f"Redis at {address} is away: {reason}", hint=hint, **where)
 
 
 def _root(error: BaseException) -> BaseException:
