@@ -134,8 +134,10 @@ async def open_core(options: DeployOptions) -> AsyncIterator[Core]:
     async with AsyncExitStack() as stack:
         store = await stack.enter_async_context(_open_sealed_store(options))
         queue = await stack.enter_async_context(open_queue(options.queue_url))
-        # SQLite is locked by one process: whatever lived in an earlier one is dead.
-        plane = await stack.enter_async_context(ControlPlane(store, queue, config=options.control_plane, alone=True))
+        # A store of one process is locked by it: whatever lived in an earlier one is dead.
+        plane = await stack.enter_async_context(
+            ControlPlane(store, queue, config=options.control_plane, alone=store.exclusive)
+        )
         yield Core((), plane, queue, store)
 
 
