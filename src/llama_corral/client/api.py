@@ -277,7 +277,7 @@ class Client(anyio.AsyncContextManagerMixin):
         return [parse_info(self.http, each) for each in answer["tasks"]]
 
     async def status(self) -> dict[str, Any]:
-        """How much waits and runs: `{"services": {name: {status: number, ...}}, "draining": bool}`."""
+        """How much waits and runs: `{"services": {name: {status: number, ...}}, "draining": bool, ...}`."""
         answer: dict[str, Any] = await self.http.request("GET", "/status")
         return answer
 

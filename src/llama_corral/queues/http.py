@@ -72,7 +72,7 @@ class HttpMessageQueue(MessageQueue):
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         *,
         token: str | SecretStr | None = None,
         link: HttpLink | None = None,
