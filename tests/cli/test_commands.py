@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from llama_corral import __version__
+from llama_corral.cli import plain_http
 from llama_corral.cli.options import values
 from llama_corral.cli.output import printable
 from llama_corral.cli.questions import prompt_of
@@ -104,6 +105,32 @@ def test_services_and_status(corral: Corral, server: str) -> None:
     assert corral("services", "--json").json[0]["service_name"] == "counter"
     assert corral("status").out.startswith(f"{server} is up\nstore: sqlite, queue: memory\nSERVICE  INSTANCES")
     assert "hello" in corral("status", "--json").json["services"]
+
+
+def test_status_of_several(corral: Corral, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = "http://127.0.0.1:1"
+    ended = corral("status", "--url", f"{away},{server}")
+    assert (ended.code, ended.out.splitlines()[:2]) == (0, [f"{away} is away", f"{server} is up"])
+    assert ended.err.startswith(f"corral: no answer from {away}")
+    assert corral("status", "--url", f"{away},{server}", "--json").json["urls"] == {away: "away", server: "up"}
+    nobody = corral("status", "--url", away, "--json")
+    assert (nobody.code, nobody.json) == (1, {"urls": {away: "away"}, "services": {}})
+    # One that drains is there, and takes nothing.
+    answer = plain_http.Server(server).get("/status") | {"draining": True}
+    answer["services"]["hello"] |= {"running": 3, "oldest_queued": 150.2}
+    monkeypatch.setattr(plain_http.Server, "get", lambda *_: answer)
+    ended = corral("status")
+    assert (ended.code, ended.out.splitlines()[0]) == (1, f"{server} is draining")
+    row = next(line.split() for line in ended.out.splitlines() if line.startswith("hello"))
+    assert (row[3], row[-2:]) == ("3", ["3", "min"])
+
+
+def test_the_others_are_asked_where_one_is_away(corral: Corral, server: str) -> None:
+    urls = f"http://127.0.0.1:1,{server}"
+    assert corral("services", "--url", urls).code == 0
+    assert corral("run", "hello", "--url", urls).code == 0
+    assert "no task 'nothing'" in corral("cancel", "nothing", "--url", urls).err
+    assert corral("cancel", "nothing", "--url", "http://127.0.0.1:1,http://127.0.0.1:2").code == 1
 
 
 def test_events_send_cancel(corral: Corral, server: str, client: SyncClient) -> None:

@@ -61,6 +61,10 @@ def test_a_core_that_cannot_start(tmp_path: Path) -> None:
         refused(run_process("core", "--port", port, "--store", "sqlite://", folder=tmp_path), "in use")
         (tmp_path / "corral.db.secret").chmod(0o644)
     refused(run_process("core", "--port", "0", folder=tmp_path), "Others may read", "chmod 600")
+    for command in (("core",), ("serve", HELLO)):
+        options = ("--port", "0", "--store", "sqlite://", "--queue", "redis://ada:hunter2@host:nonsense")
+        refused(run_process(*command, *options, folder=tmp_path), "queue URL cannot be read")
+        refused(run_process(*command, "--store", "mysql://ada:hunter2@host/db", folder=tmp_path), "'mysql'")
 
 
 @pytest.mark.promise("P9")
@@ -68,3 +72,5 @@ def test_a_worker_that_cannot_start(tmp_path: Path) -> None:
     refused(run_process("worker", "nonsense", folder=tmp_path), "'nonsense' is no target")
     refused(run_process("worker", HELLO, "--control-plane", "nonsense", folder=tmp_path), "not a URL")
     refused(run_process("worker", HELLO, "--control-plane", "http://me:pw@host", folder=tmp_path), "password")
+    refused(run_process("worker", HELLO, "--queue", "memory://", folder=tmp_path), "inside one process")
+    refused(run_process("worker", HELLO, "--queue", "kafka://ada:hunter2@host", folder=tmp_path), "'kafka'")

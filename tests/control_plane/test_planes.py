@@ -277,7 +277,7 @@ async def test_a_broker_that_forgets_gets_every_ticket_again(durable: bool, monk
 
 
 @pytest.mark.promise("P1", "P2", "P8")
-async def test_services_beside_another_one_are_not_taken_for_dead() -> None:
+async def test_services_beside_another_one_are_not_taken_for_dead(caplog: pytest.LogCaptureFixture) -> None:
     async with open_planes(lease=0.3) as planes:
         a, b = planes.a, planes.b
         local = await a.service(slots=1)
@@ -294,11 +294,12 @@ async def test_services_beside_another_one_are_not_taken_for_dead() -> None:
                 assert record is not None
                 assert record.error is not None
                 assert record.error.type == "worker_lost"
+            assert f"the task {accepted.task_id} has failed (worker_lost)" in caplog.text
             assert (await a.plane.get_task(mine.task_id)).owner == local.instance_id
 
 
 @pytest.mark.promise("P2")
-async def test_what_died_with_one_is_missed_by_the_others() -> None:
+async def test_what_died_with_one_is_missed_by_the_others(caplog: pytest.LogCaptureFixture) -> None:
     async with open_planes(lease=0.3) as planes:
         b = planes.b
         async with b.another_plane() as dying:
@@ -311,6 +312,7 @@ async def test_what_died_with_one_is_missed_by_the_others() -> None:
             claim = await service.take_ticket(b.queue)
             assert claim is not None
             assert (claim.task_id, claim.attempt) == (accepted.task_id, 2)
+            assert f"tasks queued again: 1 ({accepted.task_id}); tasks ended: 0" in caplog.text
             tasks.cancel_scope.cancel()
 
 

@@ -300,6 +300,8 @@ async def test_tasks_are_listed_by_filter_and_page() -> None:
         assert (one["input"], one["value"], one["result"], one["status"]) == ("{}", [1], "[1]", "completed")
         status = (await web.client.get("/status")).json()["services"]
         assert (status["svc"]["running"], status["svc"]["capacity"], status["other"]["queued"]) == (2, 2, 1)
+        assert status["svc"]["oldest_queued"] is None
+        assert 0 <= status["other"]["oldest_queued"] < 20
 
 
 async def test_messages_of_the_originals_services_are_taken() -> None:

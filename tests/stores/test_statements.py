@@ -77,6 +77,7 @@ def test_no_statement_walks_over_a_table_or_sorts_one() -> None:
         ("count_open", "COVERING INDEX corral_tasks_status_service"),
         ("due_tickets", "corral_tasks_status "),
         ("due_of_service", "corral_tasks_status_service "),
+        ("oldest_queued", "corral_tasks_status_service "),
         ("due_since", "corral_tasks_start "),
     ],
 )

@@ -180,6 +180,23 @@ async def test_what_waits_to_be_claimed_is_counted_by_service(driver) -> None:
     assert await store.count_queued("svc") == 2
 
 
+async def test_since_when_the_first_of_a_line_could_be_claimed(driver) -> None:
+    store = driver.store
+    assert await store.oldest_queued(10.0) == {}
+    await driver.accept("later", not_before=100.0)
+    await driver.accept("first", created_at=3.0)
+    await driver.accept("second", created_at=4.0)
+    await driver.accept("started", service="other", by="i")
+    assert await store.oldest_queued(10.0) == {"svc": 3.0}
+    await driver.accept("delayed", service="other", not_before=8.0)
+    assert await store.oldest_queued(7.0) == {"svc": 3.0}
+    assert await store.oldest_queued(10.0) == {"svc": 3.0, "other": 8.0}
+    await driver.claim("first")
+    await driver.claim("second")
+    assert await store.oldest_queued(10.0) == {"other": 8.0}
+    assert await store.oldest_queued(100.0) == {"svc": 100.0, "other": 8.0}
+
+
 # Dead letters
 
 

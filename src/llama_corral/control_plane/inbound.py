@@ -11,7 +11,7 @@ import anyio
 from pydantic import ValidationError
 
 from ..abc import Delivery, MessageQueue, Store
-from ..exceptions import CorralError, Unavailable
+from ..exceptions import CorralError, SetupError, Unavailable
 from ..protocol import topics
 from ..protocol.messages import QueueMessage
 from ..protocol.records import DeadLetter
@@ -46,8 +46,9 @@ async def consume_forever(
                 while True:
                     for delivery in await consumer.receive(BATCH):
                         await take_one(delivery)
-        except Unavailable as error:
-            # Leaving the consumer has given back what was open, in order.
+        except (Unavailable, SetupError) as error:
+            # Leaving the consumer has given back what was open, in order. A broker that refuses us from now on is the
+            # operator's business; what needs none goes on meanwhile.
             logger.warning("%s wait: %s", what, error)
         await anyio.sleep(retry)
         retry = min(LAST_RETRY, retry * 2)

@@ -13,7 +13,7 @@ from typing import Final
 import anyio
 
 from ..abc import MessageQueue, Store
-from ..exceptions import NotFound, QueueUnavailable, Unavailable
+from ..exceptions import NotFound, QueueUnavailable, SetupError, Unavailable
 from ..protocol import topics
 from ..protocol.lifecycle import TaskStatus
 from ..protocol.messages import ActionTypes, QueueMessage
@@ -292,7 +292,7 @@ class Upkeep:
                     self._begin_to_hear(again=failures > 0)
                     while True:
                         self._hear(await subscription.receive())
-            except QueueUnavailable as error:
+            except (QueueUnavailable, SetupError) as error:
                 self._effects.peers.deaf()
                 failures = 1 if anyio.current_time() - began >= HEALTHY_AFTER else failures + 1
                 level = logging.WARNING if failures == 1 else logging.DEBUG
