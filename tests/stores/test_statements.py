@@ -14,6 +14,8 @@ from llama_corral.stores import schema
 from llama_corral.stores.sqlite import SqliteDatabase
 from llama_corral.stores.statements import DIALECTS, Logging, Statements, Taking, statements_for
 
+from .postgres import Place
+
 # Small tables that are read whole on purpose, one entry an instance or a service.
 READ_WHOLE = {"list_services", "list_instances"}
 
@@ -88,7 +90,7 @@ def test_each_question_has_its_index(name: str, index: str) -> None:
 @pytest.mark.parametrize("dialect", list(DIALECTS))
 def test_every_statement_exists_in_every_dialect(dialect: str) -> None:
     names = {name for name, _ in every_statement(statements_for(dialect))}
-    shared = {"lock_line", "lock_lines", "lock_tasks"} if dialect == "postgresql" else set()
+    shared = {"lock_line", "lock_lines", "lock_lines_of", "lock_tasks"} if dialect == "postgresql" else set()
     shared |= {name for name in names if name.endswith((".free", ".lines", ".with_events"))}
     assert names - shared == {name for name, _ in every_statement(statements_for("sqlite"))}
     assert any("CREATE UNIQUE INDEX" in statement for statement in schema.creation(DIALECTS[dialect]()))
@@ -127,3 +129,30 @@ def test_two_stores_in_memory_are_two(tmp_path: Path) -> None:
     assert second.tx.one(second.tx.sql.get_meta, {"key": "k"}) is None
     first.close()
     second.close()
+
+
+def plan_in(place: Place, text: str) -> list[str]:
+    """The plan for any values, in a database that would rather not read a whole table."""
+    names: list[str] = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", text)))
+    numbered = re.sub(r"%\((\w+)\)s", lambda match: f"${names.index(match[1]) + 1}", text)
+    values = f"({', '.join(['NULL'] * len(names))})" if names else ""
+    place.execute(f"PREPARE question AS {numbered}")
+    try:
+        return [line for (line,) in place.execute(f"EXPLAIN EXECUTE question{values}")]
+    finally:
+        place.execute("DEALLOCATE question")
+
+
+def test_no_statement_walks_over_a_table_in_postgresql_either(new_place: Place) -> None:
+    for statement in schema.creation(DIALECTS["postgresql"]()):
+        new_place.execute(statement)
+    new_place.execute("SET enable_seqscan = off; SET plan_cache_mode = force_generic_plan")
+    for name, text in every_statement(statements_for("postgresql")):
+        plan = plan_in(new_place, text)
+        assert not [line for line in plan if "Seq Scan" in line], (name, plan)
+        scans = [number for number, line in enumerate(plan) if "Scan" in line and " on corral_" in line]
+        for number in scans:
+            # All of an index is as bad, unless the index is as small as the answer.
+            found = "Index Cond" in "".join(plan[number + 1 : number + 2]) or "Bitmap Heap Scan" in plan[number]
+            if not (found or name in READ_WHOLE):
+                print(name, chr(10).join(plan))

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -74,7 +75,9 @@ class SharedTransaction(Transaction):
         else:
             self._cursor.executemany(sql, rows)
 
-    def take(self, which: Taking, values: Mapping[str, Any], limit: int, *, wait: bool = True) -> list[Row]:
+    def take(
+        self, which: Taking, values: Mapping[str, Any], limit: int = sys.maxsize, *, wait: bool = True
+    ) -> list[Row]:
         assert which.free is not None
         if limit <= 0:
             return []
@@ -90,11 +93,11 @@ class SharedTransaction(Transaction):
     def hold_lines(self, sessions: Collection[str] = (), *, of_tasks: Collection[str] = ()) -> None:
         missing = [session_id for session_id in sessions if session_id not in self._held]
         if of_tasks:
-            rows = self.all(self.sql.lock_lines, {"tasks": list(of_tasks), "sessions": missing})
+            rows = self.all(self.sql.lock_lines_of, {"tasks": list(of_tasks), "sessions": missing})
         elif len(missing) == 1:
             rows = self.all(self.sql.lock_line, {"session_id": missing[0]})
         elif missing:
-            rows = self.all(self.sql.lock_lines, {"tasks": [], "sessions": missing})
+            rows = self.all(self.sql.lock_lines, {"sessions": missing})
         else:
             return
         self._held.update(session_id for (session_id,) in rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -77,10 +78,13 @@ class Transaction:
         self._cursor.execute(sql, values)
         return self._cursor.fetchall()
 
-    def take(self, which: Taking, values: Mapping[str, Any], limit: int, *, wait: bool = True) -> list[Row]:
-        """Up to `limit` rows that nobody else changes until the transaction ends, and that still are what was asked for.
+    def take(
+        self, which: Taking, values: Mapping[str, Any], limit: int = sys.maxsize, *, wait: bool = True
+    ) -> list[Row]:
+        """Rows that nobody else changes until the transaction ends, and that still are what was asked for.
 
         Args:
+            limit: Most of them, where the question has one.
             wait: Also for rows that another transaction is at: fewer than `limit` means that there are no others.
         """
         return self.all(which.rows, {**values, "limit": limit})

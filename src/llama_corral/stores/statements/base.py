@@ -100,10 +100,12 @@ def target_of(trigger: Trigger) -> sa.ColumnElement[str]:
     return status_literal(target)
 
 
+TEXTS: Any = postgresql.ARRAY(sa.Text)
+
+
 def many(name: str) -> Any:
     """Texts, as one parameter. PostgreSQL alone has such."""
-    texts: Any = postgresql.ARRAY(sa.Text)
-    return _b(name, type_=texts)
+    return _b(name, type_=TEXTS)
 
 
 class Taking(NamedTuple):
