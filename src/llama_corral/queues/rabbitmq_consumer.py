@@ -28,8 +28,8 @@ from ..aio.client import AsyncioSide
 from ..exceptions import CorralError, QueueUnavailable
 from ..protocol.messages import QueueMessage
 from ..supervision import Backoff
-from .rabbitmq_link import CLOSING_TIME, TROUBLE, RabbitMQConnection, RabbitMQLink, explain
-from .rabbitmq_subscription import ReceivingChannel
+from .rabbitmq_link import TROUBLE, RabbitMQConnection, RabbitMQLink, explain
+from .rabbitmq_subscription import ReceivingChannel, finish
 from .rabbitmq_topology import declare_group
 
 logger = logging.getLogger(__name__)
@@ -202,13 +202,7 @@ class RabbitMQConsumer(Consumer):
         self._arrived.clear()
         self._unreadable.clear()
         self._bell.ring()
-        with anyio.move_on_after(CLOSING_TIME, shield=True), suppress(*TROUBLE):
-            await self._host.side.wait_posted()  # what was acked before
-            await self._host.side.call(self._end)
-            return
-        # It does not answer; what is open there comes back when the connection is closed.
-        if self._channel is not None:
-            self._channel.connection.drop()
+        await finish(self._host.side, self._end)
 
     def settle(self, delivery: RabbitMQDelivery, *, is_ack: bool) -> None:
         if delivery in self._open:
@@ -370,6 +364,7 @@ class RabbitMQConsumer(Consumer):
             await channel.close()
 
     async def _end(self) -> None:
+        await self._host.side.wait_posted()  # what was acked before
         self._news.set()
         if self._feeder is not None:
             await asyncio.wait([self._feeder])
