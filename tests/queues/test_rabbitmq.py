@@ -313,6 +313,20 @@ async def test_nobody_is_told_who_we_are(url: str, topic: Topics, caplog: pytest
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
+@pytest.mark.promise("P11")
+async def test_a_user_who_may_not_do_everything(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    await node.ensure()
+    name = f"hunter-{uuid4().hex}"
+    await node.control("add_user", name, "x")
+    await node.control("set_permissions", name, "^llama_corral", "^llama_corral", "")
+    with pytest.raises(SetupError, match="refuses access to exchange 'llama_corral'") as caught:
+        async with open_queue(node.url.replace("guest:guest", f"{name}:x")):
+            pass
+    assert name not in "".join(traceback.format_exception(caught.value))
+    assert name not in caplog.text
+
+
 def with_vhost(url: str, name: str) -> str:
     return urlsplit(url)._replace(path=f"/{name}").geturl()
 
@@ -454,6 +468,19 @@ async def test_more_in_hand_than_was_asked_for_at_once(url: str, topic: Topics) 
         again = await take(consumer, 150, most=50)
         assert sorted(numbers(again)) == list(range(150))
         assert all(delivery.redelivered for delivery in again)
+
+
+async def test_a_fault_of_ours_is_no_hang(
+    url: str, topic: Topics, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(consumer: Consumer) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(rabbitmq_consumer.RabbitMQConsumer, "_feed_once", fail)
+    async with open_queue(url) as queue, queue.consumer(topic()) as consumer:
+        with anyio.fail_after(10), pytest.raises(QueueUnavailable, match="failed"):
+            await consumer.receive()
+    assert "ZeroDivisionError" in caplog.text
 
 
 # A server that does not do what it should
