@@ -72,7 +72,7 @@ class Cluster:
     """Control planes and three workers of different capacities.
 
     Attributes:
-        clients: One for each control plane.
+        clients: One for each control plane; of several, one more that knows all of them.
         kills: Of workers, in order.
         broken_at: When the first break came.
         live: What followers saw as it came, by task.
@@ -253,8 +253,9 @@ async def open_cluster(folder: Path, count: int, **options: Any) -> AsyncIterato
             await stack.make_worker("--max-concurrent-tasks", str(capacity)).launch()
         for worker in stack.workers:
             await worker.wait_ready()
+        urls = [core.url for core in stack.cores]
         clients = [
-            await places.enter_async_context(Client(core.url, retry_for=RETRY_FOR, reconnect_for=RETRY_FOR))
-            for core in stack.cores
+            await places.enter_async_context(Client(known, retry_for=RETRY_FOR, reconnect_for=RETRY_FOR))
+            for known in (*urls, *([urls] if len(urls) > 1 else []))
         ]
         yield Cluster(stack, clients, count)

@@ -2,11 +2,14 @@
 
 Every task ends, once; every stream is 0..n-1; no stored step is repeated; every answer of a person is taken once; the work
 is shared by capacity; nothing is left behind.
+
+`CORRAL_TEST_CLUSTER_TASKS=1000` runs the whole of the last one, with 20 kills; without, it is a shorter form.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import time
 from collections import Counter
@@ -19,7 +22,7 @@ import pytest
 
 from llama_corral.client import TaskEvent
 from llama_corral.testing.children import Child
-from llama_corral.testing.servers import PostgresServer
+from llama_corral.testing.servers import NatsServer, PostgresServer, RabbitMQServer, RedisServer, ServerProcess
 
 from ..queues.servers import own_server
 from .cluster import CAPACITIES, LEASE, Break, Cluster, open_cluster
@@ -29,7 +32,9 @@ from .support import Mark, all_tasks, check_endings, count_open, each, read_even
 pytestmark = [pytest.mark.process, pytest.mark.trio]
 
 SHORT = 200
-POSTGRES = "CORRAL_TEST_POSTGRES_URL"
+TASKS = int(os.environ.get("CORRAL_TEST_CLUSTER_TASKS", "200"))
+QUEUE_LEASE = f"?lease={LEASE}"
+POSTGRES, REDIS, NATS, RABBITMQ = (f"CORRAL_TEST_{name}_URL" for name in ("POSTGRES", "REDIS", "NATS", "RABBITMQ"))
 
 
 @pytest.mark.promise("P1", "P2", "P3")
@@ -47,6 +52,31 @@ async def test_http_and_postgresql(tmp_path: Path) -> None:
         open_cluster(tmp_path, SHORT, store_url=database.url) as cluster,
     ):
         await check_cluster(cluster, [cluster.stack.main])
+
+
+@pytest.mark.promise("P1", "P2", "P3")
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("kind", "variable", "options"), [(NatsServer, NATS, QUEUE_LEASE), (RabbitMQServer, RABBITMQ, "")]
+)
+async def test_a_broker_and_postgresql(tmp_path: Path, kind: type[ServerProcess], variable: str, options: str) -> None:
+    async with (
+        own_server(kind, variable) as broker,
+        own_server(PostgresServer, POSTGRES) as database,
+        open_cluster(tmp_path, SHORT, store_url=database.url, queue_url=broker.url + options) as cluster,
+    ):
+        await check_cluster(cluster, [broker])
+
+
+@pytest.mark.promise("P1", "P2", "P3")
+@pytest.mark.timeout(600)
+async def test_two_control_planes_on_redis_and_postgresql(tmp_path: Path) -> None:
+    async with (
+        own_server(RedisServer, REDIS) as broker,
+        own_server(PostgresServer, POSTGRES) as database,
+        open_cluster(tmp_path, TASKS, cores=2, store_url=database.url, queue_url=broker.url + QUEUE_LEASE) as cluster,
+    ):
+        await check_cluster(cluster, [cluster.stack.main, broker, database], kills=max(5, TASKS // 50))
 
 
 async def check_cluster(cluster: Cluster, restarted: Sequence[Child], *, kills: int = 4) -> None:
