@@ -23,11 +23,12 @@ from aiormq.abc import DeliveredMessage
 from pydantic import ValidationError
 
 from ..abc import Consumer, Delivery
-from ..aio import Bell
+from ..aio import Bell, call_asyncio
 from ..aio.client import AsyncioSide
 from ..exceptions import CorralError, QueueUnavailable
 from ..protocol.messages import QueueMessage
 from ..supervision import Backoff
+from .dead_letter import why_unreadable
 from .rabbitmq_link import CLOSING_TIME, TROUBLE, RabbitMQConnection, RabbitMQLink, explain
 from .rabbitmq_subscription import ReceivingChannel
 from .rabbitmq_topology import declare_group
@@ -202,13 +203,14 @@ class RabbitMQConsumer(Consumer):
         self._arrived.clear()
         self._unreadable.clear()
         self._bell.ring()
+        channel = self._channel  # `_end` forgets it before it is closed
         with anyio.move_on_after(CLOSING_TIME, shield=True), suppress(*TROUBLE):
             await self._host.side.wait_posted()  # what was acked before
             await self._host.side.call(self._end)
             return
         # It does not answer; what is open there comes back when the connection is closed.
-        if self._channel is not None:
-            self._channel.connection.drop()
+        if channel is not None:
+            channel.connection.drop()
 
     def settle(self, delivery: RabbitMQDelivery, *, is_ack: bool) -> None:
         if delivery in self._open:
@@ -226,7 +228,7 @@ class RabbitMQConsumer(Consumer):
             try:
                 message = QueueMessage.model_validate_json(arrived.raw.body)
             except ValidationError as error:
-                self._unreadable.append((arrived, str(error)))
+                self._unreadable.append((arrived, why_unreadable(error)))
                 continue
             delivery = RabbitMQDelivery(message, arrived, self)
             self._open[delivery] = None
@@ -271,7 +273,8 @@ class RabbitMQConsumer(Consumer):
                 await self._wait_news()
                 continue
             try:
-                await self._feed_once()
+                # The client ends what waits on a connection that we close by a cancellation of nobody's.
+                await call_asyncio(self._feed_once)
             except (CorralError, *TROUBLE) as error:
                 await self._detach()
                 self._failures += 1
