@@ -24,7 +24,7 @@ for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN)
 server = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, user=sys.argv[1] or None,
                           preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGTERM, signal.SIGINT)])
-os.write(1, b"corral keeps %d\n" % server.pid)
+os.write(1, b"corral keeps %d\\n" % server.pid)
 threading.Thread(target=lambda: os.read(0, 1) or os.kill(server.pid, signal.SIGKILL), daemon=True).start()
 sys.exit(server.wait() % 256)
 """
