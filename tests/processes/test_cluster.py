@@ -2,11 +2,14 @@
 
 Every task ends, once; every stream is 0..n-1; no stored step is repeated; every answer of a person is taken once; the work
 is shared by capacity; nothing is left behind.
+
+`CORRAL_TEST_CLUSTER_TASKS=1000` runs the whole of the last one, with 20 kills; without, it is a shorter form.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import time
 from collections import Counter
@@ -18,7 +21,10 @@ import anyio
 import pytest
 
 from llama_corral.client import TaskEvent
+from llama_corral.testing.children import Child
+from llama_corral.testing.servers import NatsServer, PostgresServer, RabbitMQServer, RedisServer, ServerProcess
 
+from ..queues.servers import own_server
 from .cluster import CAPACITIES, LEASE, Break, Cluster, open_cluster
 from .stored import Kill, check_against_kills, check_stream, times_to_next_attempt
 from .support import Mark, all_tasks, check_endings, count_open, each, read_events, read_marks
@@ -26,31 +32,73 @@ from .support import Mark, all_tasks, check_endings, count_open, each, read_even
 pytestmark = [pytest.mark.process, pytest.mark.trio]
 
 SHORT = 200
+TASKS = int(os.environ.get("CORRAL_TEST_CLUSTER_TASKS", "200"))
+QUEUE_LEASE = f"?lease={LEASE}"
+POSTGRES, REDIS, NATS, RABBITMQ = (f"CORRAL_TEST_{name}_URL" for name in ("POSTGRES", "REDIS", "NATS", "RABBITMQ"))
 
 
 @pytest.mark.promise("P1", "P2", "P3")
 @pytest.mark.timeout(180)
 async def test_http_and_sqlite(tmp_path: Path) -> None:
     async with open_cluster(tmp_path, SHORT) as cluster:
-        kill = cluster.kill_worker
-        await check_cluster(cluster, tmp_path, [kill, kill, partial(cluster.restart, cluster.stack.main), kill, kill])
+        await check_cluster(cluster, [cluster.stack.main])
 
 
-async def check_cluster(cluster: Cluster, folder: Path, breaks: Sequence[Break]) -> None:
+@pytest.mark.promise("P1", "P2", "P3")
+@pytest.mark.timeout(180)
+async def test_http_and_postgresql(tmp_path: Path) -> None:
+    async with (
+        own_server(PostgresServer, POSTGRES) as database,
+        open_cluster(tmp_path, SHORT, store_url=database.url) as cluster,
+    ):
+        await check_cluster(cluster, [cluster.stack.main])
+
+
+@pytest.mark.promise("P1", "P2", "P3")
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("kind", "variable", "options"), [(NatsServer, NATS, QUEUE_LEASE), (RabbitMQServer, RABBITMQ, "")]
+)
+async def test_a_broker_and_postgresql(tmp_path: Path, kind: type[ServerProcess], variable: str, options: str) -> None:
+    async with (
+        own_server(kind, variable) as broker,
+        own_server(PostgresServer, POSTGRES) as database,
+        open_cluster(tmp_path, SHORT, store_url=database.url, queue_url=broker.url + options) as cluster,
+    ):
+        await check_cluster(cluster, [broker])
+
+
+@pytest.mark.promise("P1", "P2", "P3")
+@pytest.mark.timeout(600)
+async def test_two_control_planes_on_redis_and_postgresql(tmp_path: Path) -> None:
+    async with (
+        own_server(RedisServer, REDIS) as broker,
+        own_server(PostgresServer, POSTGRES) as database,
+        open_cluster(tmp_path, TASKS, cores=2, store_url=database.url, queue_url=broker.url + QUEUE_LEASE) as cluster,
+    ):
+        await check_cluster(cluster, [cluster.stack.main, broker, database], kills=max(5, TASKS // 50))
+
+
+async def check_cluster(cluster: Cluster, restarted: Sequence[Child], *, kills: int = 4) -> None:
+    """Kill workers, some of them together with what is restarted, each of those once."""
+    breaks: list[Break] = [cluster.kill_worker] * kills
+    for number, child in enumerate(restarted, 1):
+        breaks[number * kills // (len(restarted) + 1)] = partial(cluster.kill_worker, child)
     began = time.monotonic()
     await cluster.run_all(breaks)
     took = time.monotonic() - began
     streams = await check_tasks(cluster)
+    assert len(cluster.kills) == kills
     await check_nothing_is_left(cluster)
-    marks = read_marks(folder)
+    marks = read_marks(cluster.stack.folder)
     check_steps(cluster, streams, marks)
     resumed = sum(event.type == "RunResumed" for events in streams.values() for event in events)
     waits = sorted(times_to_next_attempt(marks, cluster.kills))
     shares = cluster.shares([mark.pid for mark in marks if mark.at < cluster.broken_at])
     print(
-        f"\n{cluster.count} tasks, {len(cluster.people)} of them with a person, {len(breaks)} breaks in {took:.1f} s; "
-        f"{len(cluster.kills)} kills of workers, {resumed} attempts went on; from kill to the next attempt: "
-        f"median {statistics.median(waits):.2f} s, longest {waits[-1]:.2f} s of {len(waits)}\n"
+        f"\n{cluster.count} tasks, {len(cluster.people)} of them with a person, in {took:.1f} s; {kills} kills of workers, "
+        f"restarts: {', '.join(child.name for child in restarted)}; {resumed} attempts went on; from kill to the next "
+        f"attempt: median {statistics.median(waits):.2f} s, longest {waits[-1]:.2f} s of {len(waits)}\n"
         f"{len(marks)} steps ran, {sum(again(marks).values())} of them again, "
         f"{sum((again(marks) - again(marks, cluster.kills)).values())} without a kill; "
         f"done of what capacity is worth: {', '.join(f'{each}: {share:.2f}' for each, share in shares.items())}"

@@ -24,7 +24,8 @@ from ..aio import Bell
 from ..exceptions import CorralError, QueueUnavailable, SetupError
 from ..protocol.messages import QueueMessage
 from ..supervision import Backoff
-from .nats_link import Away, NatsConnection, NatsLink, status_of
+from .nats_connection import Away, NatsConnection, status_of
+from .nats_link import NatsLink
 from .nats_stream import ConsumerName, Stream, nanoseconds
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,10 @@ NAK: Final = b"-NAK"
 WORKING: Final = b"+WPI"
 
 _ACK_SUBJECT: Final = "$JS.ACK."
+_SHORT: Final = 9
+"""Tokens of it, where it has neither domain nor account."""
+_TIMES: Final = 2
+_LEFT: Final = 6
 _INTERIM: Final = "100"
 _NOTHING_CAME: Final = ("404", "408")
 
@@ -81,9 +86,14 @@ class NatsDelivery(Delivery):
 
 
 def times_delivered(reply: str) -> int:
-    """From the subject where a message is acked: `$JS.ACK.(DOMAIN.ACCOUNT.)STREAM.CONSUMER.TIMES...`."""
+    return int(_tokens(reply)[_TIMES])
+
+
+def _tokens(reply: str) -> list[str]:
+    """Of the subject where a message is acked: `$JS.ACK.(DOMAIN.ACCOUNT.)STREAM.CONSUMER.TIMES.SEQ.SEQ.TIME.LEFT`, and
+    perhaps more. From STREAM on."""
     tokens = reply.split(".")
-    return int(tokens[4] if len(tokens) == 9 else tokens[6])
+    return tokens[2 if len(tokens) == _SHORT else 4 :]
 
 
 class _Attachment:
@@ -98,6 +108,8 @@ class _Attachment:
         self.token: str | None = None
         """Of the request on its way."""
         self.deadline = 0.0
+        self.backlog = 1
+        """How many messages the server had left for this group when it sent the last one."""
         self.is_broken = False
         self._left = 0
         self._requests = 0
@@ -120,7 +132,8 @@ class _Attachment:
         body = {"batch": batch, "expires": nanoseconds(wait)} if wait else {"batch": batch, "no_wait": True}
         self.connection.post(subject, json.dumps(body).encode(), f"{self.inbox}.{self.token}")
 
-    def count_message(self) -> None:
+    def count_message(self, reply: str) -> None:
+        self.backlog = int(_tokens(reply)[_LEFT])
         self._left -= 1
         if self._left == 0:
             self.token = None
@@ -130,6 +143,7 @@ class _Attachment:
         if status == _INTERIM or message.subject != f"{self.inbox}.{self.token}":
             return
         self.token = None
+        self.backlog = 0
         if status not in _NOTHING_CAME:  # the consumer is deleted, the server stops, ...
             self.is_broken = True
             logger.debug("a request for messages ended: %s", message.headers)
@@ -152,6 +166,7 @@ class NatsConsumer(Consumer):
         self._is_receiving = False
         self._backoff = Backoff(initial=0.05, maximum=2.0)
         self._failures = 0
+        self._is_first = True  # until the server says otherwise
         self._left = False
 
     async def receive(self, max_messages: int = 1) -> list[Delivery]:
@@ -173,10 +188,15 @@ class NatsConsumer(Consumer):
 
     async def attach(self, connection: NatsConnection) -> _Attachment:
         """Make the group known to the server, and hear what it sends. Raises Away and SetupError."""
-        consumer = await self._host.stream.ensure_consumer(connection, self._topic, self._group, self._host.lease)
+        consumer = await self._host.stream.ensure_consumer(
+            connection, self._topic, self._group, self._host.lease, may_be_first=self._is_first
+        )
+        self._is_first = consumer.is_first
         found = _Attachment(connection, consumer)
         found.subscription = await connection.subscribe(f"{found.inbox}.*", partial(self._hear, found), flush=False)
         self._attachment = found
+        if self._left:  # meanwhile
+            await self._detach()
         return found
 
     async def leave(self) -> None:
@@ -198,13 +218,17 @@ class NatsConsumer(Consumer):
             del self._open[delivery]
             self._host.settle(delivery.reply, verdict)
 
+    @property
+    def lease(self) -> float:
+        """As the server has it."""
+        return self._host.lease if self._attachment is None else self._attachment.consumer.lease
+
     def extend(self) -> None:
         """Tell the server that what is open for long is still being worked on."""
-        if self._attachment is not None:
-            old = anyio.current_time() - self._attachment.consumer.lease * EXTENDED_AFTER
-            for delivery in self._open:
-                if delivery.since < old:
-                    self._host.settle(delivery.reply, WORKING)
+        old = anyio.current_time() - self.lease * EXTENDED_AFTER
+        for delivery in self._open:
+            if delivery.since < old:
+                self._host.settle(delivery.reply, WORKING)
 
     # Parts of receive
 
@@ -242,7 +266,7 @@ class NatsConsumer(Consumer):
                 await self._detach()
                 attachment = await self.attach(await self._wait_connection())
             subject = self._host.stream.next_subject(attachment.consumer)
-            if limit > 1 and not attachment.is_waiting:
+            if limit > 1 and attachment.backlog and not attachment.is_waiting:
                 attachment.ask(subject, limit, 0)
                 await self._wait_answer(attachment)
             if not self._arrived and not attachment.is_useless:
@@ -294,7 +318,7 @@ class NatsConsumer(Consumer):
         if not message.reply.startswith(_ACK_SUBJECT):
             attachment.hear_status(message)
         else:
-            attachment.count_message()
+            attachment.count_message(message.reply)
             if self._is_receiving and not self._left:
                 self._arrived.append(message)
             else:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -36,7 +37,7 @@ from ..protocol.records import EventRecord
 from ..protocol.sealing import Sealer
 from . import postgres_schema
 from .postgres_server import Link, Server, hint_of
-from .statements import Statements, Taking, statements_for
+from .statements import Logging, Statements, Taking, statements_for
 from .transaction import Durability, Names, Row, Transaction
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,9 @@ class SharedTransaction(Transaction):
         else:
             self._cursor.executemany(sql, rows)
 
-    def take(self, which: Taking, values: Mapping[str, Any], limit: int, *, wait: bool = True) -> list[Row]:
+    def take(
+        self, which: Taking, values: Mapping[str, Any], limit: int = sys.maxsize, *, wait: bool = True
+    ) -> list[Row]:
         assert which.free is not None
         if limit <= 0:
             return []
@@ -90,11 +93,11 @@ class SharedTransaction(Transaction):
     def hold_lines(self, sessions: Collection[str] = (), *, of_tasks: Collection[str] = ()) -> None:
         missing = [session_id for session_id in sessions if session_id not in self._held]
         if of_tasks:
-            rows = self.all(self.sql.lock_lines, {"tasks": list(of_tasks), "sessions": missing})
+            rows = self.all(self.sql.lock_lines_of, {"tasks": list(of_tasks), "sessions": missing})
         elif len(missing) == 1:
             rows = self.all(self.sql.lock_line, {"session_id": missing[0]})
         elif missing:
-            rows = self.all(self.sql.lock_lines, {"tasks": [], "sessions": missing})
+            rows = self.all(self.sql.lock_lines, {"sessions": missing})
         else:
             return
         self._held.update(session_id for (session_id,) in rows)
@@ -102,15 +105,12 @@ class SharedTransaction(Transaction):
     def hold_tasks(self, session_id: str) -> None:
         self.all(self.sql.lock_tasks, {"session_id": session_id})
 
-    def insert_events(self, task_no: int, first: int, epoch: int, events: Sequence[EventRecord]) -> None:
-        values = {
-            "task_no": task_no,
-            "first": first,
-            "epoch": epoch,
-            "types": [event.type for event in events],
-            "payloads": [event.payload for event in events],
-        }
-        self.run(self.sql.insert_events, values)
+    def log(self, change: Logging, values: Mapping[str, Any], events: Sequence[EventRecord]) -> Row | None:
+        if not events:
+            return self.one(change.change, values)
+        assert change.with_events is not None
+        columns = {"types": [each.type for each in events], "payloads": [each.payload for each in events]}
+        return self.one(change.with_events, {**values, **columns})
 
 
 class PostgresConnection:

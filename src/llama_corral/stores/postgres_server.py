@@ -46,6 +46,9 @@ _SETTINGS: Final[Mapping[str, str]] = {
     "tcp_keepalives_count": "3",
     "tcp_user_timeout": "15s",
     "extra_float_digits": "1",
+    # Every question has its index. A plan outlives the time when the table was small.
+    "enable_seqscan": "off",
+    "jit": "off",
 }
 _SET: Final = """
 SELECT set_config(name, wanted, false) FROM unnest(%(names)s::TEXT[], %(wanted)s::TEXT[]) AS ours (name, wanted)

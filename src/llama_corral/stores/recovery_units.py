@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 import uuid
 from collections.abc import Sequence
 from typing import Final
@@ -26,7 +25,7 @@ def reap(tx: Transaction, dead_instances: Sequence[str], now: float) -> Reaped:
     taken: list[Ticket | SendAnswer] = []
     for instance_id in dead_instances:
         tx.run(tx.sql.delete_instance, {"instance_id": instance_id})
-        for row in tx.take(tx.sql.owned_by, {"instance_id": instance_id}, sys.maxsize):
+        for row in tx.take(tx.sql.owned_by, {"instance_id": instance_id}):
             taken += _take_away(tx, TaskState._make(row), now)
     return _reaped(taken)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 from ..exceptions import CorralError
 from ..protocol.records import EventRecord
 from ..protocol.sealing import Sealer
-from .statements import Statements, Taking
+from .statements import Logging, Statements, Taking
 
 Row = tuple[Any, ...]
 Durability = Literal["normal", "full"]
@@ -77,10 +78,13 @@ class Transaction:
         self._cursor.execute(sql, values)
         return self._cursor.fetchall()
 
-    def take(self, which: Taking, values: Mapping[str, Any], limit: int, *, wait: bool = True) -> list[Row]:
-        """Up to `limit` rows that nobody else changes until the transaction ends, and that still are what was asked for.
+    def take(
+        self, which: Taking, values: Mapping[str, Any], limit: int = sys.maxsize, *, wait: bool = True
+    ) -> list[Row]:
+        """Rows that nobody else changes until the transaction ends, and that still are what was asked for.
 
         Args:
+            limit: Most of them, where the question has one.
             wait: Also for rows that another transaction is at: fewer than `limit` means that there are no others.
         """
         return self.all(which.rows, {**values, "limit": limit})
@@ -92,15 +96,26 @@ class Transaction:
     def hold_tasks(self, session_id: str) -> None:
         """Nobody else changes or takes away a task of this session, whose line is held, until the transaction ends."""
 
-    def insert_events(self, task_no: int, first: int, epoch: int, events: Sequence[EventRecord]) -> None:
-        """Append to the log of a task, `first` being the index of the first of them."""
-        self.run_many(
-            self.sql.insert_event,
-            [
-                {"task_no": task_no, "idx": index, "epoch": epoch, "type": event.type, "payload": event.payload}
-                for index, event in enumerate(events, first)
-            ],
-        )
+    def log(self, change: Logging, values: Mapping[str, Any], events: Sequence[EventRecord]) -> Row | None:
+        """Change a task and append events to its log. The row that the change answers; None, and nothing is done, if its
+        conditions do not hold."""
+        row = self.one(change.change, values)
+        if row is not None and events:
+            task_no, event_count = row[:2]
+            self.run_many(
+                self.sql.insert_event,
+                [
+                    {
+                        "task_no": task_no,
+                        "idx": index,
+                        "epoch": values["epoch"],
+                        "type": each.type,
+                        "payload": each.payload,
+                    }
+                    for index, each in enumerate(events, event_count - len(events))
+                ],
+            )
+        return row
 
 
 class Connection(Protocol):

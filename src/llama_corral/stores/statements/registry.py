@@ -9,10 +9,10 @@ from ..tables import (
     checkpoints,
     contexts,
     instances,
+    is_in,
     meta,
     services,
     sessions,
-    status_in,
     task_events,
     task_inbox,
     tasks,
@@ -77,7 +77,7 @@ class Registry(Base):
         of_session = sa.and_(_t.session_id == _b("session_id"), EXPLICIT)
         self.session_tasks = self._sql(sa.select(_t.task_id).where(of_session).order_by(_t.no))
         self.session_owned = self._sql(
-            sa.select(_t.task_id, _t.owner).where(of_session, status_in(OWNED), _t.owner.is_not(None)).order_by(_t.no)
+            sa.select(_t.task_id, _t.owner).where(of_session, is_in(OWNED), _t.owner.is_not(None)).order_by(_t.no)
         )
         self.session_epochs = self._sql(sa.select(sa.func.max(_t.epoch)).where(of_session, _t.digest.is_not(None)))
         numbers = sa.select(_t.no).where(of_session).scalar_subquery()

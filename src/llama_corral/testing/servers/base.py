@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Final
 from ...supervision import SupportGroup
 from ..children import Child
 
-# Keeps the server: signals go to it directly, and when the tests are gone, however they went, so is the server. It says whom
-# it keeps in one write: what the server itself says must not come into the middle of it.
+# Keeps the server: signals go to it directly, and when the tests are gone, however they went, so is the server.
+# It says so in one write: the lines of the server go there too, and would come between the pieces that print makes.
 _KEEPER: Final = """
 import os, signal, subprocess, sys, threading
 for number in (signal.SIGTERM, signal.SIGINT):
