@@ -2,15 +2,16 @@
 
     python .ci/servers.py
 
-Prints `export CORRAL_TEST_..._URL=...` lines, then `ready`, and keeps what it has started until its standard input is closed.
-Which server is where goes to standard error. Exit code 1: a server is neither there nor installed; the line says which and
-what to do.
+Prints `export CORRAL_TEST_..._URL=...` lines, then `ready`, and keeps what it has started until its standard input is
+closed. Which server is where goes to standard error. Exit code 1: a server is neither there nor installed; the line says
+which and what to do.
 
 A server that answers at its default address is used as it is. Where the variable is set, that is where it must be.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -143,7 +144,7 @@ async def find(wanted: Wanted, group: SupportGroup, folder: Path) -> str:
         ) from None
     await server.start()
     with anyio.fail_after(START_TIME):
-        while (found := await problem(wanted, server.url)) is not None:
+        while await problem(wanted, server.url) is not None:  # noqa: ASYNC110 -- between two attempts to connect
             await anyio.sleep(0.1)
     tell(f"{wanted.name}: nothing at {place}; one of our own on port {server.port}, {time.monotonic() - began:.1f} s")
     return server.url
@@ -169,7 +170,7 @@ async def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="corral-servers-") as place:
         folder = Path(place)
-        folder.chmod(0o755)  # some run as another user
+        folder.chmod(0o755)  # noqa: ASYNC240 -- for those that run as another user
         async with open_support_group() as group:
             async with anyio.create_task_group() as tasks:
                 for wanted in WANTED:
@@ -181,6 +182,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.disable()  # clients log what is said below in one line
     try:
         anyio.run(main)
     except* MissingError as missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -60,23 +61,27 @@ def run_rounds(
     kinds: Sequence[str], consumers: Sequence[int], backends: Sequence[str], number: int, rounds: int
 ) -> Iterator[Sample]:
     """Broker by broker, so that what is compared was measured within seconds."""
-    with ExitStack() as stack:
-        urls = {kind: _url(kind, stack) for kind in kinds}
-        for kind in kinds:
-            turns = [(candidate, count) for count in consumers for candidate in candidates(kind, backends)]
+    for kind in kinds:
+        turns = [(candidate, count) for count in consumers for candidate in candidates(kind, backends)]
+        with ExitStack() as stack:
+            core = stack.enter_context(servers.open_core()).url if kind == "http" else "memory://"
             for round_ in range(rounds):
                 for candidate, count in report.rotated(turns, round_):
-                    order = messages.Order(kind, candidate.floor, candidate.backend, count, number, urls[kind])
                     load = machine.load_now()
-                    sample = Sample(candidate, count, round_, load, messages.measure(order))
+                    sample = Sample(candidate, count, round_, load, _measure(candidate, count, number, core))
                     print(_progress(sample), file=sys.stderr, flush=True)
                     yield sample
 
 
-def _url(kind: str, stack: ExitStack) -> str:
-    if kind == "memory":
-        return "memory://"
-    return stack.enter_context(servers.open_core()).url if kind == "http" else brokers.url_of(kind)
+def _measure(candidate: Candidate, consumers: int, number: int, core: str) -> messages.Measured:
+    def measure(url: str, name: str) -> messages.Measured:
+        order = messages.Order(candidate.kind, candidate.floor, candidate.backend, consumers, number, url, name)
+        return messages.measure(order)
+
+    if candidate.kind not in brokers.VARIABLES:
+        return measure(core, f"corral-bench-{uuid.uuid4().hex[:12]}")
+    with brokers.open_place(candidate.kind) as place:
+        return measure(place.alone if candidate.floor else place.url, place.namespace)
 
 
 def _progress(sample: Sample) -> str:

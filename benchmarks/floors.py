@@ -35,9 +35,8 @@ class Carrier(ABC):
         """One of the competing consumers."""
 
 
-def open_carrier(kind: str, *, floor: bool, url: str, messages: int) -> AbstractAsyncContextManager[Carrier]:
-    """The adapter of `kind`, or the client alone, on names that nobody else uses."""
-    name = f"corral-bench-{uuid.uuid4().hex[:12]}"
+def open_carrier(kind: str, *, floor: bool, url: str, name: str, messages: int) -> AbstractAsyncContextManager[Carrier]:
+    """The adapter of `kind`, with a topic in the namespace `name`, or the client alone, which calls what it makes `name`."""
     if not floor:
         return _adapter(url, name)
     if kind == "memory":

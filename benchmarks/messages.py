@@ -38,7 +38,8 @@ TIME_LIMIT = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """`kind`: memory, http, redis, nats or rabbitmq. `floor`: the broker's client alone."""
+    """`kind`: memory, http, redis, nats or rabbitmq. `floor`: the broker's client alone. `name`: of what nobody else
+    uses."""
 
     kind: str
     floor: bool
@@ -46,6 +47,7 @@ class Order:
     consumers: int
     messages: int
     url: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,7 @@ async def carry_out(order: Order) -> Measured:
 
             await stack.enter_async_context(open_asyncio_loop())
         carrier = await stack.enter_async_context(
-            open_carrier(order.kind, floor=order.floor, url=order.url, messages=measured + paced)
+            open_carrier(order.kind, floor=order.floor, url=order.url, name=order.name, messages=measured + paced)
         )
         async with anyio.create_task_group() as tasks:
             for _ in range(order.consumers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,8 @@ FLOWS = Path(__file__).with_name("flows.py")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One system under one load. CPU in seconds a task, of the core and of all workers together. `busy`: the share of the
-    whole machine that anybody used meanwhile. `load`: what it was doing before."""
+    """One system under one load. CPU in seconds a task, of the core, of all workers together, and of everything on the
+    machine. `busy`: the share of the whole machine that anybody used. `load`: what it was doing before."""
 
     stack: str
     workers: int
@@ -40,6 +40,7 @@ class Sample:
     worker_cpu: float
     core_share: float
     busy: float
+    machine_cpu: float
     generator_share: float
     memory_mib: float
 
@@ -53,6 +54,7 @@ def measure(name: str, running: servers.Stack, plan: tasks.Plan, round_: int) ->
     psutil.cpu_percent()
     before = [program.cpu_seconds() for program in programs]
     outcome = tasks.drive(plan)
+    busy, processors = psutil.cpu_percent() / 100, psutil.cpu_count() or 1
     core, *others = (program.cpu_seconds() - earlier for program, earlier in zip(programs, before, strict=True))
     return Sample(
         stack=name,
@@ -68,7 +70,8 @@ def measure(name: str, running: servers.Stack, plan: tasks.Plan, round_: int) ->
         core_cpu=core / plan.tasks,
         worker_cpu=sum(others) / plan.tasks,
         core_share=core / outcome.seconds,
-        busy=psutil.cpu_percent() / 100,
+        busy=busy,
+        machine_cpu=busy * processors * outcome.seconds / plan.tasks,
         generator_share=outcome.generator_cpu / outcome.seconds,
         memory_mib=running.core.memory_mib(),
     )
@@ -86,12 +89,11 @@ def open_stack(name: str, service: str, workers: int) -> AbstractContextManager[
 
 @contextmanager
 def _open_with_broker(broker: str, target: str, workers: int) -> Iterator[servers.Stack]:
-    with ExitStack() as stack:
-        database = stack.enter_context(brokers.open_database())
-        namespace = stack.enter_context(brokers.open_namespace(broker))
-        options = ("--queue", brokers.url_of(broker), "--store", database)
-        environment = {"CONTROL_PLANE_TOPIC_NAMESPACE": namespace}
-        yield stack.enter_context(servers.open_stack(target, workers, core_options=options, environment=environment))
+    with brokers.open_schema() as store, brokers.open_place(broker) as place:
+        options = ("--queue", place.url, "--store", store)
+        environment = {"CONTROL_PLANE_TOPIC_NAMESPACE": place.namespace}
+        with servers.open_stack(target, workers, core_options=options, environment=environment) as running:
+            yield running
 
 
 def run_rounds(
@@ -144,8 +146,18 @@ def progress(sample: Sample) -> str:
 def tables(samples: list[Sample]) -> Iterator[str]:
     """One for each number of workers."""
     head = [
-        "", "tasks/s", "x original", "p50 ms", "p99 ms", "CPU ms, core", "CPU ms, workers", "failed", "lost", "load"
-    ]  # fmt: skip
+        "",
+        "tasks/s",
+        "x original",
+        "p50 ms",
+        "p99 ms",
+        "CPU ms: core",
+        "workers",
+        "machine",
+        "failed",
+        "lost",
+        "load",
+    ]
     for workers in dict.fromkeys(sample.workers for sample in samples):
         own = [sample for sample in samples if sample.workers == workers]
         rows = [_row(own, name) for name in STACKS if any(sample.stack == name for sample in own)]
@@ -166,6 +178,7 @@ def _row(samples: list[Sample], name: str) -> list[str]:
         f"{statistics.median(sample.p99 for sample in own) * 1000:.0f}",
         report.spread((sample.core_cpu * 1000 for sample in own), 1),
         report.spread((sample.worker_cpu * 1000 for sample in own), 1),
+        report.spread((sample.machine_cpu * 1000 for sample in own), 1),
         str(sum(sample.failed for sample in own)),
         str(sum(sample.lost for sample in own)),
         f"{max(sample.load for sample in own):.1f}",

@@ -145,6 +145,19 @@ async def test_a_start_can_still_be_cancelled():
     assert scope.cancelled_caught
 
 
+async def test_a_start_that_is_cancelled_in_the_moment_it_succeeds():
+    async def helper(*, task_status: TaskStatus[None]) -> None:
+        scope.cancel()
+        task_status.started()
+        await anyio.sleep_forever()
+
+    with anyio.CancelScope() as scope:
+        async with open_support_group() as support:
+            await support.start(helper, name="helper")
+            await anyio.sleep_forever()
+    assert scope.cancelled_caught
+
+
 async def test_an_ended_helper_is_forgotten():
     async def short() -> None:
         await anyio.lowlevel.checkpoint()

@@ -10,6 +10,7 @@ The map, in the order in which data flows (imports point down the list in CONTRI
     runtime/        runs: one workflow run inside one task group
     events/         returns: event logs to any number of readers
     stores/         remembers: the truth, in a database
+    remote/         a workflow that runs as another service
 
 What is imported from here is loaded when it is first used, so that a client does not pay for the workflow libraries.
 """
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from .deploy import open_core as open_core
     from .exceptions import CorralError as CorralError
     from .queues import MemoryMessageQueue as MemoryMessageQueue
+    from .remote import RemoteEvent as RemoteEvent
+    from .remote import RemoteWorkflow as RemoteWorkflow
     from .runtime import Run as Run
     from .runtime import StructuredRuntime as StructuredRuntime
     from .runtime import open_run as open_run
@@ -58,6 +61,8 @@ _HOME = {
     "Deployment": "deploy",
     "MemoryMessageQueue": "queues",
     "BaseService": "services",
+    "RemoteEvent": "remote",
+    "RemoteWorkflow": "remote",
     "Run": "runtime",
     "ServiceOptions": "deploy",
     "SqlStore": "stores",

@@ -53,7 +53,7 @@ async def test_a_claim_is_news_to_the_readers_of_this_process() -> None:
         async def follow() -> None:
             log = plane.open_log(task_id, statuses=True)
             async for _ in log:
-                told.append(str(log.status))
+                told.append(str(log.status))  # noqa: PERF401 - each as it comes
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(follow)

@@ -181,7 +181,8 @@ class Cluster:
         return await read_rows(self.stack.store_url, statement)
 
     async def read_tickets(self) -> list[str]:
-        """The tasks whose tickets are in the queue, where nobody else takes any."""
+        """The tasks whose tickets wait in the queue, where nobody else takes any. Left out are those that killed workers
+        had open, which come back some time later."""
         found: list[str] = []
         async with (
             open_queue(self.stack.queue_url or self.stack.url) as queue,
@@ -190,18 +191,15 @@ class Cluster:
             with anyio.move_on_after(NO_TICKETS):
                 while True:
                     for delivery in await consumer.receive():
-                        found.append(str(delivery.message.data.get("task_id")))
+                        if not delivery.redelivered:
+                            found.append(str(delivery.message.data.get("task_id")))
                         await delivery.ack()
         return found
 
     # The breaks
 
-    async def kill_worker(self) -> None:
-        """SIGKILL to one worker after the other, and a new one in its place."""
-        await self.restart()
-
-    async def restart(self, *others: Child) -> None:
-        """The same, and these are killed together with it and started again."""
+    async def kill_worker(self, *others: Child) -> None:
+        """SIGKILL to one worker after the other, each at a time with others, and a new start in its place."""
         worker = self.stack.workers[len(self.kills) % len(self.stack.workers)]
         at = time.time()
         for child in (*others, worker):

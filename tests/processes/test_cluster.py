@@ -18,7 +18,10 @@ import anyio
 import pytest
 
 from llama_corral.client import TaskEvent
+from llama_corral.testing.children import Child
+from llama_corral.testing.servers import PostgresServer
 
+from ..queues.servers import own_server
 from .cluster import CAPACITIES, LEASE, Break, Cluster, open_cluster
 from .stored import Kill, check_against_kills, check_stream, times_to_next_attempt
 from .support import Mark, all_tasks, check_endings, count_open, each, read_events, read_marks
@@ -26,31 +29,46 @@ from .support import Mark, all_tasks, check_endings, count_open, each, read_even
 pytestmark = [pytest.mark.process, pytest.mark.trio]
 
 SHORT = 200
+POSTGRES = "CORRAL_TEST_POSTGRES_URL"
 
 
 @pytest.mark.promise("P1", "P2", "P3")
 @pytest.mark.timeout(180)
 async def test_http_and_sqlite(tmp_path: Path) -> None:
     async with open_cluster(tmp_path, SHORT) as cluster:
-        kill = cluster.kill_worker
-        await check_cluster(cluster, tmp_path, [kill, kill, partial(cluster.restart, cluster.stack.main), kill, kill])
+        await check_cluster(cluster, [cluster.stack.main])
 
 
-async def check_cluster(cluster: Cluster, folder: Path, breaks: Sequence[Break]) -> None:
+@pytest.mark.promise("P1", "P2", "P3")
+@pytest.mark.timeout(180)
+async def test_http_and_postgresql(tmp_path: Path) -> None:
+    async with (
+        own_server(PostgresServer, POSTGRES) as database,
+        open_cluster(tmp_path, SHORT, store_url=database.url) as cluster,
+    ):
+        await check_cluster(cluster, [cluster.stack.main])
+
+
+async def check_cluster(cluster: Cluster, restarted: Sequence[Child], *, kills: int = 4) -> None:
+    """Kill workers, some of them together with what is restarted, each of those once."""
+    breaks: list[Break] = [cluster.kill_worker] * kills
+    for number, child in enumerate(restarted, 1):
+        breaks[number * kills // (len(restarted) + 1)] = partial(cluster.kill_worker, child)
     began = time.monotonic()
     await cluster.run_all(breaks)
     took = time.monotonic() - began
     streams = await check_tasks(cluster)
+    assert len(cluster.kills) == kills
     await check_nothing_is_left(cluster)
-    marks = read_marks(folder)
+    marks = read_marks(cluster.stack.folder)
     check_steps(cluster, streams, marks)
     resumed = sum(event.type == "RunResumed" for events in streams.values() for event in events)
     waits = sorted(times_to_next_attempt(marks, cluster.kills))
     shares = cluster.shares([mark.pid for mark in marks if mark.at < cluster.broken_at])
     print(
-        f"\n{cluster.count} tasks, {len(cluster.people)} of them with a person, {len(breaks)} breaks in {took:.1f} s; "
-        f"{len(cluster.kills)} kills of workers, {resumed} attempts went on; from kill to the next attempt: "
-        f"median {statistics.median(waits):.2f} s, longest {waits[-1]:.2f} s of {len(waits)}\n"
+        f"\n{cluster.count} tasks, {len(cluster.people)} of them with a person, in {took:.1f} s; {kills} kills of workers, "
+        f"restarts: {', '.join(child.name for child in restarted)}; {resumed} attempts went on; from kill to the next "
+        f"attempt: median {statistics.median(waits):.2f} s, longest {waits[-1]:.2f} s of {len(waits)}\n"
         f"{len(marks)} steps ran, {sum(again(marks).values())} of them again, "
         f"{sum((again(marks) - again(marks, cluster.kills)).values())} without a kill; "
         f"done of what capacity is worth: {', '.join(f'{each}: {share:.2f}' for each, share in shares.items())}"

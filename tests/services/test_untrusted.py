@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import pickle  # noqa: TID251 - to be poisoned
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -13,9 +14,11 @@ import pydantic
 import pytest
 from typing_extensions import TypedDict
 from workflows import Context, Workflow, step
-from workflows.events import Event, StartEvent, StopEvent
+from workflows.decorators import catch_error
+from workflows.events import Event, SerializableEvent, StartEvent, StepFailedEvent, StopEvent
 
 import llama_corral
+from llama_corral.exceptions import BadInput
 from llama_corral.protocol.records import StoredContext
 from llama_corral.services import WorkflowCodec
 
@@ -312,3 +315,31 @@ async def test_an_exception_of_a_retried_step_is_not_imported(rig, trap):
     await rig.stop(service)
     await rig.serve(Tries())
     assert (await rig.result(task_id)).result == '"UnreconstructedException"'
+
+
+class Wrapped(StartEvent):
+    inner: SerializableEvent | None = None
+
+
+class CatchesErrors(Workflow):
+    @step
+    async def work(self, ev: Wrapped) -> StopEvent:
+        raise ValueError
+
+    @catch_error
+    async def recover(self, ev: StepFailedEvent) -> StopEvent:
+        return StopEvent()
+
+
+def test_events_inside_of_events_are_not_imported_either():
+    """Upstream's fields for events and exceptions look up the name that they are given, and import its module."""
+    codec = WorkflowCodec(CatchesErrors())
+    inner = {"__is_pydantic": True, "qualified_name": "wave.Wave_read", "value": {}}
+    failed = {"step_name": "work", "attempts": 1, "elapsed_seconds": 1.0, "failed_at": "2024-01-01T00:00:00Z"}
+    failed |= {"input_event": inner, "exception": {"exception_type": "wave.Error", "exception_message": ""}}
+    sys.modules.pop("wave", None)
+    with pytest.raises(BadInput):
+        codec.start_event({"inner": inner})
+    with pytest.raises(BadInput):
+        codec.decode_event(json.dumps({"type": "StepFailedEvent", "value": failed}))
+    assert "wave" not in sys.modules

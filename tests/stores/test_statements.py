@@ -12,7 +12,7 @@ import pytest
 from llama_corral.protocol.lifecycle import ENDINGS, Trigger, sources
 from llama_corral.stores import schema
 from llama_corral.stores.sqlite import SqliteDatabase
-from llama_corral.stores.statements import DIALECTS, Statements, Taking, statements_for
+from llama_corral.stores.statements import DIALECTS, Logging, Statements, Taking, statements_for
 
 # Small tables that are read whole on purpose, one entry an instance or a service.
 READ_WHOLE = {"list_services", "list_instances"}
@@ -21,8 +21,9 @@ READ_WHOLE = {"list_services", "list_instances"}
 def texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         yield name, value
-    elif isinstance(value, Taking):
-        yield from ((name + part, text) for part, text in zip(("", ".free", ".lines"), value, strict=True) if text)
+    elif isinstance(value, (Taking, Logging)):
+        parts = ("", *(f".{field}" for field in value._fields[1:]))
+        yield from ((name + part, text) for part, text in zip(parts, value, strict=True) if text)
     elif isinstance(value, (dict, tuple)):
         entries = value.items() if isinstance(value, dict) else enumerate(value)
         for key, entry in entries:
@@ -87,9 +88,9 @@ def test_each_question_has_its_index(name: str, index: str) -> None:
 @pytest.mark.parametrize("dialect", list(DIALECTS))
 def test_every_statement_exists_in_every_dialect(dialect: str) -> None:
     names = {name for name, _ in every_statement(statements_for(dialect))}
-    of_locks = {"lock_line", "lock_lines", "lock_tasks", "insert_events"} if dialect == "postgresql" else set()
-    of_locks |= {name for name in names if name.endswith((".free", ".lines"))}
-    assert names - of_locks == {name for name, _ in every_statement(statements_for("sqlite"))}
+    shared = {"lock_line", "lock_lines", "lock_tasks"} if dialect == "postgresql" else set()
+    shared |= {name for name in names if name.endswith((".free", ".lines", ".with_events"))}
+    assert names - shared == {name for name, _ in every_statement(statements_for("sqlite"))}
     assert any("CREATE UNIQUE INDEX" in statement for statement in schema.creation(DIALECTS[dialect]()))
 
 
@@ -97,7 +98,7 @@ def test_every_statement_exists_in_every_dialect(dialect: str) -> None:
 def test_endings_are_written_only_where_the_table_of_transitions_has_them() -> None:
     sql = statements_for("sqlite")
     for status, trigger in ENDINGS.items():
-        for text in (sql.end_held[status], sql.end_unowned[status]):
+        for text in (sql.end_held[status].change, sql.end_unowned[status]):
             allowed = ", ".join(f"'{source.value}'" for source in sources(trigger))
             assert f"IN ({allowed})" in text
             assert f"status='{status.value}'" in text

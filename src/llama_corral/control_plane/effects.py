@@ -228,7 +228,7 @@ class Effects:
             except (CorralError, TimeoutError) as error:
                 self._failed += 1
                 if not self.in_doubt.is_set():
-                    logger.warning("could not publish; the store keeps the ticket: %s", error or "timeout")
+                    logger.warning("could not publish; the store keeps the ticket: %s", str(error) or "timeout")
                 self.in_doubt.set()
 
     async def _publish(self, item: Item) -> None:

@@ -81,6 +81,7 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
 
     Attributes:
         config: The settings in force.
+        alone: As given.
         queue: The message queue it was given.
         sessions: Create, get, delete sessions and their state.
         services: Definitions and numbers of the services.
@@ -102,7 +103,7 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         self._patient_until = math.inf
         self._support: SupportGroup | None = None
         self.queue = queue
-        self._alone = alone
+        self.alone = alone
         self._reports = MessageReports(store, self._effects, now)
         self._upkeep = Upkeep(store, queue, registry, self._effects, self._reports, self._leases, config, now)
         self._acceptance = Acceptance(store, registry, self._effects, config, now, alone=alone)
@@ -118,12 +119,12 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         async with open_support_group() as support:
             self._support = support
             await support.start(self._effects.publish_forever, name="publish", grace=CLOSING_TIME)
-            await self._upkeep.start(alone=self._alone)
+            await self._upkeep.start(alone=self.alone)
             support.start_soon(self._upkeep.backstop_forever, name="backstop")
             support.start_soon(self._upkeep.alarm_forever, name="alarm")
             support.start_soon(self._reap, name="reaper")
             support.start_soon(self._upkeep.listen_forever, name="other control planes")
-            if not self._alone:
+            if not self.alone:
                 support.start_soon(self._upkeep.announce_forever, name="word to other control planes")
             support.start_soon(self._inbound.consume_forever, name="messages of services")
             support.start_soon(self._dead_letters.consume_forever, name="dead letters")
@@ -137,7 +138,7 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
                 self._effects.close()
 
     async def _reap(self) -> None:
-        await self._upkeep.reap_forever(alone=self._alone)
+        await self._upkeep.reap_forever(alone=self.alone)
 
     def refuse_new(self) -> None:
         """Accept no more tasks: the services of this process are about to drain. Requests that wait for a working run go

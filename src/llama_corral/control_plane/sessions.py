@@ -139,12 +139,17 @@ class Services:
         self._effects.tell_others("service", service_name=service_name)
         return await self._store.delete_service(service_name)
 
-    async def status(self) -> dict[str, dict[str, int]]:
-        """Numbers for each service: its open tasks by status, its instances and their capacity."""
+    async def status(self) -> dict[str, dict[str, Any]]:
+        """Numbers for each service: its open tasks by status, its instances and their capacity, and for how many seconds
+        the task at the front of its line could have been claimed (`oldest_queued`; None without a line)."""
         counts = await self._store.count_tasks()
-        table: dict[str, dict[str, int]] = {}
+        now = self._now()
+        oldest = await self._store.oldest_queued(now)
+        table: dict[str, dict[str, Any]] = {}
         for name in [*(service.service_name for service in await self._store.list_services()), *counts]:
             table.setdefault(name, dict.fromkeys(_COUNTED, 0) | dict(counts.get(name, {})))
+        for name, row in table.items():
+            row["oldest_queued"] = max(0.0, now - oldest[name]) if name in oldest else None
         for instance in await self._store.list_instances():
             if instance.service_name in table:
                 table[instance.service_name]["instances"] += 1

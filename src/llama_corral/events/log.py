@@ -34,8 +34,9 @@ class ReadableLog(Protocol):
 
 
 class LogReader:
-    """An async iterator of `EventPage`: each has events, except that the last may be the terminal record alone. With `statuses`
-    one comes also where the task has another status: `status`, as it was told last, behind the events before it.
+    """An async iterator of `EventPage`: each has events, except that the last may be the terminal record alone.
+
+    With `statuses` one comes also where the task has another status: `status` is the one behind all events so far.
 
     `ended` is True once the page with the terminal record was read, `drained` if the iteration ends before that because
     the process is stopping; `cursor` is the index at which another reader would go on.

@@ -1,7 +1,7 @@
 """A queue in a NATS server or cluster: JetStream for tickets, core NATS for broadcasts.
 
-`nats_stream.py` says how a topic is kept there, `nats_consumer.py` how it is consumed, `nats_link.py` how the connection is
-kept. A queue has one connection. It works with nats-server from 2.9 on.
+`nats_stream.py` says how a topic is kept there, `nats_consumer.py` how it is consumed, `nats_link.py` how the one
+connection of a queue is kept (`nats_connection.py`). It works with nats-server from 2.9 on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, Final, Self, TypeVar
 from uuid import uuid4
 
 import anyio
-from anyio.lowlevel import checkpoint
 
 from ..abc import MessageQueue
 from ..aio import Bell
@@ -27,8 +26,9 @@ from ..supervision import Backoff, open_support_group
 from .dead_letter import dead_letter
 from .memory import DEFAULT_BROADCAST_BUFFER
 from .nats_address import NatsAddress
+from .nats_connection import Away, NatsConnection, NoResponders, Pending
 from .nats_consumer import EXTENDED_AFTER, NatsConsumer, NatsSubscription
-from .nats_link import Away, NatsConnection, NatsLink, NoResponders, Pending
+from .nats_link import NatsLink
 from .nats_stream import ApiError, Stream, read_answer, token_of
 from .urls import take_options
 
@@ -186,7 +186,6 @@ class NatsMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # type: i
     # Tickets
 
     async def publish(self, message: QueueMessage, topic: str) -> None:
-        await checkpoint()
         self._number += 1
         publication = _Publication(self.stream, topic, _encode(message), f"{self._id}.{self._number}")
         try:
@@ -212,7 +211,6 @@ class NatsMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # type: i
     # Broadcasts
 
     async def broadcast(self, message: QueueMessage, topic: str) -> None:
-        await checkpoint()
         body, subject = _encode(message), self.stream.broadcast_subject(topic)
 
         async def send(connection: NatsConnection) -> None:

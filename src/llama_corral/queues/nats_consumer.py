@@ -24,7 +24,8 @@ from ..aio import Bell
 from ..exceptions import CorralError, QueueUnavailable, SetupError
 from ..protocol.messages import QueueMessage
 from ..supervision import Backoff
-from .nats_link import Away, NatsConnection, NatsLink, status_of
+from .nats_connection import Away, NatsConnection, status_of
+from .nats_link import NatsLink
 from .nats_stream import ConsumerName, Stream, nanoseconds
 
 logger = logging.getLogger(__name__)
@@ -165,6 +166,7 @@ class NatsConsumer(Consumer):
         self._is_receiving = False
         self._backoff = Backoff(initial=0.05, maximum=2.0)
         self._failures = 0
+        self._is_first = True  # until the server says otherwise
         self._left = False
 
     async def receive(self, max_messages: int = 1) -> list[Delivery]:
@@ -186,7 +188,10 @@ class NatsConsumer(Consumer):
 
     async def attach(self, connection: NatsConnection) -> _Attachment:
         """Make the group known to the server, and hear what it sends. Raises Away and SetupError."""
-        consumer = await self._host.stream.ensure_consumer(connection, self._topic, self._group, self._host.lease)
+        consumer = await self._host.stream.ensure_consumer(
+            connection, self._topic, self._group, self._host.lease, may_be_first=self._is_first
+        )
+        self._is_first = consumer.is_first
         found = _Attachment(connection, consumer)
         found.subscription = await connection.subscribe(f"{found.inbox}.*", partial(self._hear, found), flush=False)
         self._attachment = found

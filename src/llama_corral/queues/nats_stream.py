@@ -25,7 +25,7 @@ from urllib.parse import quote
 from nats.aio.msg import Msg
 
 from ..exceptions import QueueUnavailable, SetupError, TooLarge
-from .nats_link import Away, NatsConnection, NoResponders, Pending
+from .nats_connection import Away, NatsConnection, NoResponders, Pending
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +90,11 @@ class Marks:
 
 @dataclass(frozen=True)
 class ConsumerName:
-    """A group of a topic at the server. `lease` is the one that it has there."""
+    """A group of a topic at the server. `lease` is the one that it has there; `is_first` says which subject is its own."""
 
     name: str
     lease: float
+    is_first: bool
 
 
 class Stream:
@@ -198,19 +199,30 @@ class Stream:
 
     # Groups
 
-    async def ensure_consumer(self, connection: NatsConnection, topic: str, group: str, lease: float) -> ConsumerName:
-        """Find or create the consumer of a group, and with it the stream. Raises Away and SetupError."""
+    async def ensure_consumer(
+        self, connection: NatsConnection, topic: str, group: str, lease: float, *, may_be_first: bool
+    ) -> ConsumerName:
+        """Find or create the consumer of a group, and with it the stream.
+
+        Args:
+            may_be_first: Not if it was another one before the server lost its data: publishers go on as they did.
+
+        Raises:
+            Away, SetupError: no answer; the server refuses.
+        """
         topic, group = token_of(topic), token_of(group)
         name = f"{topic}+{group}"  # a plus is quoted in both
         try:
             config = await self._find_consumer(connection, name)
             if config is None:
-                config = await self._create_consumer(connection, name, topic, group, lease)
-            if config.get("filter_subject") != self.subject(topic):
+                subjects = [self.subject(topic)] * may_be_first + [self.subject(topic, group)]
+                config = await self._create_consumer(connection, name, subjects, lease)
+            is_first = config.get("filter_subject") == self.subject(topic)
+            if not is_first:
                 await self._mark(connection, topic, group)
         except ApiError as error:
             raise self.explain(error, connection) from error
-        return ConsumerName(name, config["ack_wait"] / 1_000_000_000)
+        return ConsumerName(name, config["ack_wait"] / 1_000_000_000, is_first)
 
     async def _find_consumer(self, connection: NatsConnection, name: str) -> dict[str, Any] | None:
         try:
@@ -226,8 +238,9 @@ class Stream:
         return None
 
     async def _create_consumer(
-        self, connection: NatsConnection, name: str, topic: str, group: str, lease: float
+        self, connection: NatsConnection, name: str, subjects: list[str], lease: float
     ) -> dict[str, Any]:
+        """On the first of the subjects that nobody has."""
         config = {
             "name": name,
             "durable_name": name,
@@ -239,18 +252,17 @@ class Stream:
             "max_ack_pending": -1,
             "max_waiting": MAX_WAITING,
         }
-        try:
-            return await self._create_on(connection, self.subject(topic), config)
-        except ApiError as error:
-            if error.code not in _SUBJECT_TAKEN:
-                raise
-        return await self._create_on(connection, self.subject(topic, group), config)
-
-    async def _create_on(self, connection: NatsConnection, subject: str, config: dict[str, Any]) -> dict[str, Any]:
-        call = f"CONSUMER.CREATE.{self.name}.{config['name']}.{subject}"
+        subject, *others = subjects
+        call = f"CONSUMER.CREATE.{self.name}.{name}.{subject}"
         body = {"stream_name": self.name, "config": {**config, "filter_subject": subject}}
-        found: dict[str, Any] = (await self.ask(connection, call, body))["config"]
-        return found
+        try:
+            found: dict[str, Any] = (await self.ask(connection, call, body))["config"]
+        except ApiError as error:
+            if error.code not in _SUBJECT_TAKEN or not others:
+                raise
+        else:
+            return found
+        return await self._create_consumer(connection, name, others, lease)
 
     async def _mark(self, connection: NatsConnection, topic: str, group: str) -> None:
         headers = {"Nats-Expected-Last-Subject-Sequence": "0"}  # stored once, heard by all

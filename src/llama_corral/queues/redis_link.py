@@ -253,10 +253,11 @@ def explain(error: BaseException, address: RedisAddress) -> CorralError:
         )
     if isinstance(error, redis.ResponseError) and "DB index" in str(error):
         return SetupError(f"Redis at {address}: {error}", **where)
-    if isinstance(error, redis.ResponseError):
+    if isinstance(error, redis.RedisError) and not isinstance(error, redis.ConnectionError):
         return QueueUnavailable(f"Redis at {address} cannot do it: {error}", **where)
     reason = "no answer" if isinstance(error, TimeoutError) else f"{type(root).__name__} {root}".rstrip()
-    return QueueUnavailable(f"Redis at {address} is away: {reason}", **where)
+    hint = "Is it running, and is the URL right? The queue goes on when it is back."
+    return QueueUnavailable(f"Redis at {address} is away: {reason}", hint=hint, **where)
 
 
 def _root(error: BaseException) -> BaseException:

@@ -8,7 +8,7 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urls
 
 from ..exceptions import SetupError
 
-_SECRET_OPTIONS: Final = ("password", "passwd", "token", "secret", "key")
+_SECRET_OPTIONS: Final = ("password", "passwd", "sslpassword", "token", "secret", "key")
 
 
 def _split(url: str) -> SplitResult:

@@ -7,11 +7,13 @@ upstream's does.
 
 from __future__ import annotations
 
-from typing import Any
+import secrets
+from typing import TYPE_CHECKING, Any
 
 from ..aio import caller_library, free_tasks_of
 from ..exceptions import FlavourError
 from .launch import Launch
+from .live_state import fresh_state
 from .nesting import current_activity
 from .upstream import (
     BaseRuntimeDecorator,
@@ -28,6 +30,9 @@ from .upstream import (
     set_default_runtime,
     wait_of_handler,
 )
+
+if TYPE_CHECKING:
+    from .run import Run
 
 
 class NestingRuntime(BaseRuntimeDecorator):
@@ -72,6 +77,16 @@ def nest_by_default() -> None:
     """The same for workflows that are made in the caller's context, unless somebody chose a runtime for them."""
     if not has_default_runtime():
         set_default_runtime(_nesting)
+
+
+def start_child_run(workflow: Workflow, start_event: StartEvent) -> Run | None:
+    """Start a run inside of the run whose step the caller is, in either library; None where the caller is no step, or its
+    run is ending."""
+    activity = current_activity()
+    if activity is None or activity.run is None or caller_library() is None:
+        return None
+    bind_children(workflow)
+    return activity.run.start_child(Launch(secrets.token_hex(8), workflow, fresh_state(workflow), start_event))
 
 
 def start_as_child(launch: Launch) -> ExternalRunAdapter | None:

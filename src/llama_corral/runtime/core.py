@@ -99,9 +99,12 @@ class RunCore:
         self.broker_state: BrokerState = state
         self._hooks = hooks
         self._narrator: Narrator | None = narrator_of(workflow)
+        self.identity = hooks.identity if hooks is not None else None
+        """See `RunHooks`. A run of a step has one that follows from that of the run around it."""
         self._parent = current_activity()
         if self._parent is not None:
-            self._parent.add_child(self)
+            made = self._parent.add_child(self)
+            self.identity = self.identity or made
         # Time stamps are wall-clock and persisted; durations obey the backend's clock, which tests may move.
         self._home = home or Home.here()
         self._clock = self._home.clock

@@ -346,7 +346,8 @@ class RunDriver(RunFamily):
         spec = self._registered.steps[name]
         if not spec.is_async:
             self.store  # noqa: B018 -- made here, and not by two threads at once
-        activity = StepActivity(self._as_run(), name, threaded=not spec.is_async)
+        call = "/".join((*command.invocation_namespace, f"{worker.work_item_id}.{worker.attempts}"))
+        activity = StepActivity(self._as_run(), name, call, threaded=not spec.is_async)
         try:
             outputs = await call_step(
                 StepCall(
@@ -356,7 +357,7 @@ class RunDriver(RunFamily):
                     context=self._step_context,
                     command=command,
                     worker=worker,
-                    flavour=self.options.flavour,
+                    flavour=spec.flavour or self.options.flavour,
                     backend=self._home.backend,
                     limiter=self.options.sync_limiter,
                     now=self.now,

@@ -163,6 +163,21 @@ class RunFamily(RunCore):
     # As a child
 
     @property
+    def around(self) -> Run | None:
+        """The run whose step started this one; None where no step did, or its run is over."""
+        if self._adopted_by is not None:
+            return self._adopted_by
+        return self._parent.run if self._parent is not None else None
+
+    @property
+    def is_handed_on(self) -> bool:
+        """Whether this run, or one around it, is being closed because somebody else goes on with it."""
+        if self._hooks is not None and self._hooks.is_handed_on():
+            return True
+        around = self.around
+        return around is not None and around.is_handed_on
+
+    @property
     def is_left_at_work(self) -> bool:
         """Whether an adopted run works whose step has ended: its work is the run's around."""
         return self._parent is not None and self._parent.run is None and not self._idle
@@ -190,7 +205,5 @@ class RunFamily(RunCore):
     async def _wait_slot(self, step: str) -> None:
         if self._hooks is not None:
             await self._hooks.before_step(step)
-        if self._parent is not None:
-            around = self._adopted_by or self._parent.run
-            if around is not None:
-                await around.wait_slot(self._parent.step)
+        if self._parent is not None and (around := self.around) is not None:
+            await around.wait_slot(self._parent.step)

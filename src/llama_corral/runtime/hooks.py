@@ -8,7 +8,14 @@ from .upstream import Event
 
 
 class RunHooks:
-    """The owner's side of a run. The base does nothing: a run without an owner is bounded by nothing."""
+    """The owner's side of a run. The base does nothing: a run without an owner is bounded by nothing.
+
+    Attributes:
+        identity: What this run and no other is called, also where somebody else goes on with it or begins it again; None
+            where it has no such name. What a step starts elsewhere under a name made of it is found again by that step.
+    """
+
+    identity: str | None = None
 
     async def before_step(self, step: str) -> None:
         """Awaited in the step's own task before its body starts: the place to wait for a slot or a slow publisher."""
@@ -28,6 +35,11 @@ class RunHooks:
 
     def on_idle(self) -> None:
         """No step is working: only an outside event or a timer can change that. Called once each time it happens."""
+
+    def is_handed_on(self) -> bool:
+        """Whether the run is being closed because somebody else goes on with it: what a step left working elsewhere is
+        needed there. Asked while the run unwinds."""
+        return False
 
 
 class Slot:

@@ -3,7 +3,8 @@
 A parent whose step does nothing but wait for an idle child is idle itself: its step is *parked*, and the parent's slot goes
 back to the limiter. Before the child starts a step, or the parent's step goes on, the slot is taken again.
 
-A step counts as waiting where its own task awaits the child (in `run.result()`, in its events, in `run_workflow`, or in
+Where the child runs in another process it is the step itself that knows (`StepActivity.wait_elsewhere`). A step counts as
+waiting for a run of its own where its own task awaits the child (in `run.result()`, in its events, in `run_workflow`, or in
 upstream's handler) and no other child of it works. A step that awaits children in a task group, or a handler whose run has
 been idle before, keeps its slot: a slot is held a little too long there. What else a step does, in tasks beside the one
 that awaits an idle child, is not seen.
@@ -44,14 +45,30 @@ class StepActivity:
     Args:
         run: The run that the step belongs to.
         step: The step's name.
+        call: Which call of the step it is: the same for the same call in a run that goes on from a snapshot.
         threaded: The step is a sync one: whatever it waits for, it does nothing else meanwhile.
     """
 
-    __slots__ = ("_children", "_parked", "_run", "_slot_given", "_task", "_threaded", "_waits", "step")
+    __slots__ = (
+        "_away",
+        "_call",
+        "_children",
+        "_made",
+        "_parked",
+        "_run",
+        "_slot_given",
+        "_task",
+        "_threaded",
+        "_waits",
+        "step",
+    )
 
-    def __init__(self, run: Run, step: str, *, threaded: bool) -> None:
+    def __init__(self, run: Run, step: str, call: str, *, threaded: bool) -> None:
         self.step = step
         self._run: Run | None = run
+        self._call = call
+        self._made = 0
+        self._away = 0
         self._threaded = threaded
         self._task: Any = None
         self._waits: list[_Wait] = []
@@ -73,9 +90,14 @@ class StepActivity:
         self._run = None
         self._task = None
 
-    def add_child(self, child: RunCore) -> None:
-        """A run was made by the step."""
+    def add_child(self, child: RunCore) -> str | None:
+        """A run was made by the step. Its identity, where the step's run has one: made of the call and of how many runs
+        the call has made before."""
         self._children.add(child)
+        self._made += 1
+        if self._run is None or self._run.identity is None:
+            return None
+        return f"{self._run.identity}/{self.step}/{self._call}/{self._made}"
 
     def remove_child(self, child: RunCore) -> None:
         """A run of the step was closed."""
@@ -86,7 +108,7 @@ class StepActivity:
         """Park the step or let it go on, as its children now are."""
         parked = (
             self._run is not None
-            and any(self._only_waits(wait) for wait in self._waits)
+            and (self._away > 0 or any(self._only_waits(wait) for wait in self._waits))
             and all(child.is_idle for child in self._children)
         )
         if parked != self._parked and self._run is not None:
@@ -111,6 +133,19 @@ class StepActivity:
             return await wait()
         finally:
             self._waits.remove(entry)
+            self.look()
+            if self._slot_given and self._run is not None:
+                await self._regain(self._run)  # noqa: ASYNC102 -- shielded where that means something
+
+    async def wait_elsewhere(self, wait: Callable[[], Awaitable[T]]) -> T:
+        """Await `wait()`, in which the step does nothing but wait for something far away that does nothing itself. The step
+        has its slot again when this returns or raises."""
+        self._away += 1
+        self.look()
+        try:
+            return await wait()
+        finally:
+            self._away -= 1
             self.look()
             if self._slot_given and self._run is not None:
                 await self._regain(self._run)  # noqa: ASYNC102 -- shielded where that means something

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ..aio import FlavourSemaphore
+from .options import StepFlavour
 from .upstream import (
     StepConfig,
     WeakIdentityKeyDictionary,
@@ -19,19 +21,34 @@ from .upstream import (
     workflow_concurrency,
 )
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+_FLAVOUR = "_llama_corral_flavour"
+
+
+def speaks(flavour: StepFlavour) -> Callable[[F], F]:
+    """Decorates a step that speaks this flavour in every run, whatever that of the run is."""
+
+    def mark(function: F) -> F:
+        setattr(function, _FLAVOUR, flavour)
+        return function
+
+    return mark
+
 
 @dataclass(frozen=True, slots=True)
 class StepSpec:
     """A step: its name, its configuration and how to call it.
 
     `free_function` is set for a step that was added to the class from outside; a method is looked up on the workflow at
-    each call, so that the registry holds no reference to the instance.
+    each call, so that the registry holds no reference to the instance. `flavour` is set for one that `speaks` its own.
     """
 
     name: str
     config: StepConfig
     is_async: bool
     free_function: Any = None
+    flavour: StepFlavour | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +77,7 @@ def register(workflow: Workflow) -> RegisteredWorkflow:
             config=step_config(function),
             is_async=inspect.iscoroutinefunction(function),
             free_function=None if hasattr(workflow, name) else function,
+            flavour=getattr(function, _FLAVOUR, None),
         )
     new = RegisteredWorkflow(steps=steps, state_type=infer_state_type(workflow), version=step_version(workflow))
     if known is not None:

@@ -110,12 +110,13 @@ class Run(RunDriver):
         if self._closed:
             await anyio.lowlevel.checkpoint()
         else:
-            await self.wait_as_parent(self._is_open, self._wait_closed)
+            await self.wait_as_parent(self._is_open, self.wait_closed)
         stop = self.stop_event
         assert stop is not None
         return stop
 
-    async def _wait_closed(self) -> None:
+    async def wait_closed(self) -> None:
+        """Return when all steps of the run have unwound, however it ended."""
         while not self._closed:
             await self._on_closed.wait()
 

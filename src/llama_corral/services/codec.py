@@ -56,7 +56,8 @@ class WorkflowCodec:
         """The workflow's start event. Raises BadInput where the workflow refuses the arguments."""
         cls: type[StartEvent] = self._workflow.start_event_class
         try:
-            return cls(**arguments)
+            with self._serializer.validation_context():  # fields that hold events get them of allowed types only
+                return cls(**arguments)
         except Exception as exc:  # ValidationError, and what validators of the user's let through
             raise BadInput(
                 f"the workflow refuses its start arguments: {_first_error(exc)}",
@@ -105,7 +106,8 @@ class WorkflowCodec:
                 hint="it knows: " + ", ".join(sorted({known.__name__ for known in self._events.values()})),
             )
         try:
-            return cls.model_validate(value)
+            with self._serializer.validation_context():
+                return cls.model_validate(value)
         except Exception as exc:  # ValidationError, and what validators of the user's let through
             raise BadInput(f"{cls.__name__} refuses its fields: {_first_error(exc)}") from exc
 

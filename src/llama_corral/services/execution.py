@@ -76,6 +76,7 @@ class TaskExecution(RunHooks):
     def __init__(self, host: ExecutionHost, claim: Claim, slot: Slot) -> None:
         self.claim = claim
         self.slot = slot
+        self.identity = claim.task_id
         self.idle = False
         self.error: BaseException | None = None
         self.finished = anyio.Event()
@@ -151,6 +152,9 @@ class TaskExecution(RunHooks):
         self.reporter.set_waiting(True)
         if self._host.sweeper is not None:
             self._host.sweeper.add(self)
+
+    def is_handed_on(self) -> bool:
+        return self._ending in ("release", "leave", "lost")
 
     def on_unwinding(self) -> None:
         self._host.start_run(self._settle_without_steps)

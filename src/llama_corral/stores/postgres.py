@@ -36,7 +36,7 @@ from ..protocol.records import EventRecord
 from ..protocol.sealing import Sealer
 from . import postgres_schema
 from .postgres_server import Link, Server, hint_of
-from .statements import Statements, Taking, statements_for
+from .statements import Logging, Statements, Taking, statements_for
 from .transaction import Durability, Names, Row, Transaction
 
 logger = logging.getLogger(__name__)
@@ -102,15 +102,12 @@ class SharedTransaction(Transaction):
     def hold_tasks(self, session_id: str) -> None:
         self.all(self.sql.lock_tasks, {"session_id": session_id})
 
-    def insert_events(self, task_no: int, first: int, epoch: int, events: Sequence[EventRecord]) -> None:
-        values = {
-            "task_no": task_no,
-            "first": first,
-            "epoch": epoch,
-            "types": [event.type for event in events],
-            "payloads": [event.payload for event in events],
-        }
-        self.run(self.sql.insert_events, values)
+    def log(self, change: Logging, values: Mapping[str, Any], events: Sequence[EventRecord]) -> Row | None:
+        if not events:
+            return self.one(change.change, values)
+        assert change.with_events is not None
+        columns = {"types": [each.type for each in events], "payloads": [each.payload for each in events]}
+        return self.one(change.with_events, {**values, **columns})
 
 
 class PostgresConnection:

@@ -25,9 +25,7 @@ def report(tx: Transaction, report: Report) -> ReportAnswer:
         row = _end(tx, report, terminal)
     if row is None:
         return _not_written(tx, report)
-    task_no, event_count = row[:2]
-    if report.events:
-        tx.insert_events(task_no, event_count - len(report.events), report.epoch, report.events)
+    event_count = row[1]
     if terminal is None or retry_at is not None:
         return ReportAnswer("ok", event_count, retry_at=retry_at)
     return ReportAnswer("ok", event_count, _after_ending(tx, report, terminal, row))
@@ -58,7 +56,7 @@ def _try_again(tx: Transaction, report: Report, terminal: Terminal, retry_at: fl
         "retry_at": retry_at,
         "new_error": None if terminal.error is None else terminal.error.model_dump_json(),
     }
-    return tx.one(tx.sql.try_again, values)
+    return tx.log(tx.sql.try_again, values, report.events)
 
 
 def _note(tx: Transaction, report: Report) -> Row | None:
@@ -69,7 +67,7 @@ def _note(tx: Transaction, report: Report) -> Row | None:
         "added": len(report.events),
         **_counts_of(report.checkpoint),
     }
-    row = tx.one(tx.sql.report[report.waiting], values)
+    row = tx.log(tx.sql.report[report.waiting], values, report.events)
     if row is not None and report.checkpoint is not None:
         task_no, event_count, service_name = row
         checkpoint = dataclasses.replace(report.checkpoint, event_count=event_count)
@@ -103,7 +101,7 @@ def _end(tx: Transaction, report: Report, terminal: Terminal) -> Row | None:
         "new_context_saved": saved,
         "new_context_error": terminal.context_error,
     }
-    return tx.one(tx.sql.end_held[terminal.status], values)
+    return tx.log(tx.sql.end_held[terminal.status], values, report.events)
 
 
 def _after_ending(tx: Transaction, report: Report, terminal: Terminal, row: Row) -> tuple[Ticket, ...]:

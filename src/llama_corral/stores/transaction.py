@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from ..exceptions import CorralError
 from ..protocol.records import EventRecord
 from ..protocol.sealing import Sealer
-from .statements import Statements, Taking
+from .statements import Logging, Statements, Taking
 
 Row = tuple[Any, ...]
 Durability = Literal["normal", "full"]
@@ -92,15 +92,26 @@ class Transaction:
     def hold_tasks(self, session_id: str) -> None:
         """Nobody else changes or takes away a task of this session, whose line is held, until the transaction ends."""
 
-    def insert_events(self, task_no: int, first: int, epoch: int, events: Sequence[EventRecord]) -> None:
-        """Append to the log of a task, `first` being the index of the first of them."""
-        self.run_many(
-            self.sql.insert_event,
-            [
-                {"task_no": task_no, "idx": index, "epoch": epoch, "type": event.type, "payload": event.payload}
-                for index, event in enumerate(events, first)
-            ],
-        )
+    def log(self, change: Logging, values: Mapping[str, Any], events: Sequence[EventRecord]) -> Row | None:
+        """Change a task and append events to its log. The row that the change answers; None, and nothing is done, if its
+        conditions do not hold."""
+        row = self.one(change.change, values)
+        if row is not None and events:
+            task_no, event_count = row[:2]
+            self.run_many(
+                self.sql.insert_event,
+                [
+                    {
+                        "task_no": task_no,
+                        "idx": index,
+                        "epoch": values["epoch"],
+                        "type": each.type,
+                        "payload": each.payload,
+                    }
+                    for index, each in enumerate(events, event_count - len(events))
+                ],
+            )
+        return row
 
 
 class Connection(Protocol):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import Dialect
 
+from .base import Logging as Logging
 from .base import Taking as Taking
 from .children import Children
 from .lives import Lives

@@ -6,7 +6,7 @@ import sqlalchemy as sa
 
 from ...protocol.lifecycle import ENDINGS, TaskStatus, Trigger, sources
 from ..tables import EXPLICIT, IS_OPEN, sessions, status_in, status_literal, tasks
-from .base import CLAIM, ONE, OWNED, ZERO, Base, target_of
+from .base import CLAIM, ONE, OWNED, ZERO, Base, Logging, target_of
 
 _t = tasks.c
 _b = sa.bindparam
@@ -103,10 +103,10 @@ class Lives(Base):
         counted = {"report_seq": _b("seq"), "event_count": _t.event_count + _b("added")}
         answer = (_t.no, _t.event_count)
         note = sa.update(tasks).where(held).values(**counted, **_PROGRESS).returning(*answer, _t.service_name)
-        self.report: dict[bool | None, str] = {None: self._sql(note)}
+        self.report: dict[bool | None, Logging] = {None: self._logging(note)}
         for waiting, trigger in ((True, Trigger.IDLE), (False, Trigger.BUSY)):
             change = note.where(status_in(sources(trigger))).values(status=target_of(trigger))
-            self.report[waiting] = self._sql(change)
+            self.report[waiting] = self._logging(change)
 
         ending = sa.update(tasks).where(held).values(
             **counted,
@@ -124,10 +124,10 @@ class Lives(Base):
             *answer, _t.session_id, _t.implicit_session, _t.service_name, _t.inbox_head, _t.has_checkpoint
         )  # fmt: skip
         self.end_held = {
-            status: self._sql(ending.where(status_in(sources(trigger))).values(status=status_literal(status)))
+            status: self._logging(ending.where(status_in(sources(trigger))).values(status=status_literal(status)))
             for status, trigger in ENDINGS.items()
         }
-        self.try_again = self._sql(
+        self.try_again = self._logging(
             sa.update(tasks)
             .where(held, status_in(sources(Trigger.REQUEUE)))
             .values(
