@@ -161,7 +161,7 @@ async def open_core(options: DeployOptions) -> AsyncIterator[Core]:
             logger.info(
                 "the queue is in this process: no other control plane may use the store (--queue names a broker)"
             )
-        # Whatever lived in an earlier process that had the store for itself is dead.
+        # A store of one process is locked by it: whatever lived in an earlier one is dead.
         plane = await stack.enter_async_context(
             ControlPlane(store, queue, config=options.control_plane, alone=store.exclusive)
         )

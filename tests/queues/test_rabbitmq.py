@@ -32,6 +32,7 @@ from llama_corral.exceptions import QueueUnavailable, SetupError, TooLarge
 from llama_corral.protocol.messages import QueueMessage
 from llama_corral.queues import open_queue, rabbitmq_consumer
 from llama_corral.queues.rabbitmq_address import RabbitMQAddress
+from llama_corral.queues.rabbitmq_subscription import ReceivingChannel
 from llama_corral.queues.rabbitmq_topology import TICKETS, queue_name, topic_key
 from llama_corral.testing.brokers import BrokerContract
 from llama_corral.testing.queues import numbered, numbers
@@ -313,6 +314,20 @@ async def test_nobody_is_told_who_we_are(url: str, topic: Topics, caplog: pytest
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
+@pytest.mark.promise("P11")
+async def test_a_user_who_may_not_do_everything(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    await node.ensure()
+    name = f"hunter-{uuid4().hex}"
+    await node.control("add_user", name, "x")
+    await node.control("set_permissions", name, "^llama_corral", "^llama_corral", "")
+    with pytest.raises(SetupError, match="refuses access to exchange 'llama_corral'") as caught:
+        async with open_queue(node.url.replace("guest:guest", f"{name}:x")):
+            pass
+    assert name not in "".join(traceback.format_exception(caught.value))
+    assert name not in caplog.text
+
+
 def with_vhost(url: str, name: str) -> str:
     return urlsplit(url)._replace(path=f"/{name}").geturl()
 
@@ -365,6 +380,42 @@ async def test_a_queue_that_somebody_deleted(url: str, topic: Topics, monkeypatc
                 await do(partial(_delete, queue_name(name, "default")))
                 await queue.publish(numbered(3), name)
             assert got == [3]
+
+
+@pytest.mark.promise("P2", "P12")
+async def test_a_consumer_outlives_the_cancellation_of_its_client(
+    url: str, topic: Topics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it ends what waits for a server that hangs, on a connection that is given up."""
+    unsubscribe = ReceivingChannel.unsubscribe
+
+    async def cancelled(channel: ReceivingChannel, tag: str) -> None:
+        monkeypatch.setattr(ReceivingChannel, "unsubscribe", unsubscribe)
+        channel.connection.drop()
+        raise asyncio.CancelledError
+
+    name = topic()
+    async with open_queue(url) as queue, queue.consumer(name) as consumer:
+        monkeypatch.setattr(ReceivingChannel, "unsubscribe", cancelled)
+        await queue.publish(numbered(1), name)
+        assert numbers(await take(consumer, 1)) == [1]
+
+
+async def test_a_channel_that_cannot_be_closed(url: str, topic: Topics, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection is given up: what was open there comes back."""
+    name = topic()
+    close = ReceivingChannel.close
+
+    async def hang(channel: ReceivingChannel) -> None:
+        monkeypatch.setattr(ReceivingChannel, "close", close)
+        await asyncio.get_running_loop().create_future()
+
+    async with open_queue(url) as queue, queue.consumer(name) as other:
+        async with queue.consumer(name) as consumer:
+            await queue.publish(numbered(1), name)
+            assert numbers(await consumer.receive()) == [1]
+            monkeypatch.setattr(ReceivingChannel, "close", hang)
+        assert numbers(await take(other, 1)) == [1]
 
 
 async def assert_waiting(do: Callable[..., Awaitable[Any]], queue: str) -> None:
@@ -454,6 +505,19 @@ async def test_more_in_hand_than_was_asked_for_at_once(url: str, topic: Topics) 
         again = await take(consumer, 150, most=50)
         assert sorted(numbers(again)) == list(range(150))
         assert all(delivery.redelivered for delivery in again)
+
+
+async def test_a_fault_of_ours_is_no_hang(
+    url: str, topic: Topics, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(consumer: Consumer) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(rabbitmq_consumer.RabbitMQConsumer, "_feed_once", fail)
+    async with open_queue(url) as queue, queue.consumer(topic()) as consumer:
+        with anyio.fail_after(10), pytest.raises(QueueUnavailable, match="failed"):
+            await consumer.receive()
+    assert "ZeroDivisionError" in caplog.text
 
 
 # A server that does not do what it should

@@ -18,6 +18,7 @@ from workflows.events import Event, HumanResponseEvent, InputRequiredEvent, Star
 from llama_corral.client import Client, TaskEvent
 from llama_corral.exceptions import BadInput, Conflict, FlavourError, NotFound, TaskFailed
 from llama_corral.remote import RemoteEvent, RemoteHandler, RemoteWorkflow
+from llama_corral.remote import call as remote_call
 from llama_corral.remote.events import EventTypes
 from llama_corral.runtime import StructuredRuntime, open_run, run_workflow
 
@@ -307,3 +308,23 @@ def test_no_name_from_the_wire_is_imported() -> None:
     typed(types, "WorkflowFailedEvent", step_name="x", exception={"exception_type": "wave.Error"})
     assert "wave" not in sys.modules
     assert json.dumps(found.fields["input_event"]) == json.dumps(inner)
+
+
+@pytest.mark.promise("P12")
+async def test_no_more_is_read_than_is_taken(url: str, flavour: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_call, "BEHIND", 10)
+
+    async def act(ctx: Context) -> Any:
+        handler: Any = RemoteWorkflow("echo", url, events=[Progress]).run(count=300, value="done")
+        reader = handler.stream_events()
+        seen = []
+        for _ in range(100):
+            seen.append((await anext(reader)).n)
+            assert handler._call.published - reader.taken <= 10
+        with anyio.move_on_after(0.05):  # time enough to read on
+            await handler._run.wait_closed()
+        assert handler._call.published <= 110
+        assert await handler == "done"  # for the result nobody waits for a reader
+        return seen + [event.n async for event in reader]
+
+    assert await run_workflow(Does(act), flavour=flavour) == list(range(300))

@@ -129,5 +129,5 @@ def parse_letter(message: QueueMessage, topic: str, now: float) -> DeadLetter:
 
 
 def _storable(text: str) -> str:
-    """Without lone surrogates, which no store and no answer takes: whatever came, a person is to see it."""
-    return text.encode("utf-8", errors="replace").decode()
+    """Without lone surrogates and NUL, which not every store and answer takes: whatever came, a person is to see it."""
+    return text.encode("utf-8", errors="replace").decode().replace("\0", "?")
