@@ -138,6 +138,8 @@ class HttpLink:
         headers = {b"Authorization": authorization(secret)} if secret else {}
         self._targets = {each: _Target(each, headers, verify) for each in self.urls}
         self._choice = Targets(self.urls)
+        self._answered = ""
+        self._trouble: Unavailable | None = None
         self._requests = self._failed = 0
 
     @property
@@ -206,7 +208,7 @@ class HttpLink:
                     if not isinstance(error, away):
                         raise away(error.message, hint=error.hint, **error.fields) from error
                 raise
-            self._choice.answered(url)
+            self._note_answer(url, at)
             if on_answer is not None:
                 on_answer(url)
             return found
@@ -217,11 +219,16 @@ class HttpLink:
 
     def _note(self, url: str, error: Unavailable) -> None:
         if not isinstance(error, TooManyTasks):
-            before = self._choice.current
             self._choice.failed(url, anyio.current_time(), stops=isinstance(error, Draining))
-            after = self._choice.choose(anyio.current_time())
-            if before != after:
-                logger.warning("asking %s from now on: %s", after, error)
+            self._trouble = error
+
+    def _note_answer(self, url: str, at: str | None) -> None:
+        self._choice.answered(url)
+        if at is None and url != self._answered:
+            if self._answered:
+                logger.warning("asking %s from now on: %s", url, self._trouble or f"{self._answered} stops")
+            self._answered = url
+            self._trouble = None
 
     def statistics(self) -> Mapping[str, int]:
         """How many requests were sent, and how many of them failed."""

@@ -13,6 +13,7 @@ from llama_corral.exceptions import Conflict, QueueUnavailable
 from llama_corral.protocol.queue_calls import Received
 from llama_corral.queues import MemoryMessageQueue, leases
 from llama_corral.queues.leases import Lease, LeasedQueue
+from llama_corral.testing import FaultyMessageQueue
 from llama_corral.testing.queues import numbered
 
 pytestmark = pytest.mark.anyio
@@ -67,6 +68,26 @@ async def test_an_answer_can_be_asked_for_again(queue: MemoryMessageQueue) -> No
             with pytest.raises(Conflict):
                 await lease.receive(seq, 1)
         assert leased.statistics() == {"consumers": 1, "subscriptions": 0, "open": 2}
+
+
+@pytest.mark.promise("P10")
+@pytest.mark.parametrize("kind", ["consumer", "subscription"])
+async def test_who_waits_hears_at_once_that_the_lease_has_ended(queue: MemoryMessageQueue, kind: str) -> None:
+    link = FaultyMessageQueue(queue)
+    async with served(link) as leased, anyio.create_task_group() as tasks:
+        lease = await (leased.open_consumer("t", "g") if kind == "consumer" else leased.open_subscription("t"))
+
+        async def wait() -> None:
+            if kind == "consumer":
+                with pytest.raises(QueueUnavailable):
+                    await lease.receive(1, 1)
+            else:
+                assert await lease.receive(1, 1) == ()
+                assert leased.get(lease.lease_id) is None
+
+        tasks.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        await link.disconnect()
 
 
 @pytest.mark.promise("P2")

@@ -32,6 +32,7 @@ from llama_corral.exceptions import QueueUnavailable, SetupError, TooLarge
 from llama_corral.protocol.messages import QueueMessage
 from llama_corral.queues import open_queue, rabbitmq_consumer
 from llama_corral.queues.rabbitmq_address import RabbitMQAddress
+from llama_corral.queues.rabbitmq_subscription import ReceivingChannel
 from llama_corral.queues.rabbitmq_topology import TICKETS, queue_name, topic_key
 from llama_corral.testing.brokers import BrokerContract
 from llama_corral.testing.queues import numbered, numbers
@@ -379,6 +380,42 @@ async def test_a_queue_that_somebody_deleted(url: str, topic: Topics, monkeypatc
                 await do(partial(_delete, queue_name(name, "default")))
                 await queue.publish(numbered(3), name)
             assert got == [3]
+
+
+@pytest.mark.promise("P2", "P12")
+async def test_a_consumer_outlives_the_cancellation_of_its_client(
+    url: str, topic: Topics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it ends what waits for a server that hangs, on a connection that is given up."""
+    unsubscribe = ReceivingChannel.unsubscribe
+
+    async def cancelled(channel: ReceivingChannel, tag: str) -> None:
+        monkeypatch.setattr(ReceivingChannel, "unsubscribe", unsubscribe)
+        channel.connection.drop()
+        raise asyncio.CancelledError
+
+    name = topic()
+    async with open_queue(url) as queue, queue.consumer(name) as consumer:
+        monkeypatch.setattr(ReceivingChannel, "unsubscribe", cancelled)
+        await queue.publish(numbered(1), name)
+        assert numbers(await take(consumer, 1)) == [1]
+
+
+async def test_a_channel_that_cannot_be_closed(url: str, topic: Topics, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection is given up: what was open there comes back."""
+    name = topic()
+    close = ReceivingChannel.close
+
+    async def hang(channel: ReceivingChannel) -> None:
+        monkeypatch.setattr(ReceivingChannel, "close", close)
+        await asyncio.get_running_loop().create_future()
+
+    async with open_queue(url) as queue, queue.consumer(name) as other:
+        async with queue.consumer(name) as consumer:
+            await queue.publish(numbered(1), name)
+            assert numbers(await consumer.receive()) == [1]
+            monkeypatch.setattr(ReceivingChannel, "close", hang)
+        assert numbers(await take(other, 1)) == [1]
 
 
 async def assert_waiting(do: Callable[..., Awaitable[Any]], queue: str) -> None:

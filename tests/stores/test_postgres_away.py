@@ -238,3 +238,7 @@ async def test_a_store_is_closed_while_its_server_stands_still_or_is_away(server
         async with SqlStore(server.url) as store:
             await server.stop()
             await away(lambda: store.accept(task("lost")))
+        await away(SqlStore(server.url).__aenter__)
+        await server.start()
+        async with SqlStore(server.url) as store:
+            assert await store.get_task("t") is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 
-from llama_corral.exceptions import BadInput, StoreError
+from llama_corral.exceptions import BadInput, StoreError, StoreUnavailable
 from llama_corral.protocol.lifecycle import TaskStatus
 from llama_corral.protocol.records import DeadLetter, NewTask, SessionRecord
 from llama_corral.stores import SqlStore, open_store, schema, tables
@@ -85,15 +86,21 @@ async def test_what_can_not_be_used_is_said_without_the_password(caplog: pytest.
             server.url + "no_such": "does not exist",
             f"postgresql://postgres:not{secret}@{at}/postgres": "password authentication failed",
             f"postgresql://postgres@{at}/postgres": "no password supplied",
-            f"postgresql://postgres:{secret}@127.0.0.1:1/postgres": "refused",
-            f"postgresql://postgres:{secret}@{secret}.invalid/postgres": "***.invalid",
             server.url + "?options=-csearch_path%3Dno_such": "search_path",
             server.url + "?options=-cno_such%3D1": "no_such",
             server.url.removesuffix("postgres") + "latin": "LATIN1",
         }.items():
             error = await refusal(url)
             assert words in str(error)
-            told += [error, error.hint, error.fields, error.__cause__ if ".invalid" not in url else ""]
+            told += [error, error.hint, error.fields, error.__cause__]
+        for url, words in {
+            f"postgresql://postgres:{secret}@127.0.0.1:1/postgres": "refused",
+            f"postgresql://postgres:{secret}@{secret}.invalid/postgres": "***.invalid",
+        }.items():
+            with pytest.raises(StoreUnavailable, match=re.escape(words)) as away:
+                async with open_store(url):
+                    pytest.fail("the store was opened")
+            told += [away.value, away.value.hint, away.value.fields]
         async with SqlStore(server.url) as store:
             told += [repr(store), repr(store._database), repr(vars(store._database)), store.statistics()]
             await server.stop()

@@ -114,6 +114,8 @@ class Lease(ABC):
             with self._scope:
                 await self._hold(queue, task_status)
         finally:
+            self._closing = True
+            self._interrupt()  # whoever waits for a message that cannot come any more
             self.ended.set()
 
     def _interrupt(self) -> None:

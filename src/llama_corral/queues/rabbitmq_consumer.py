@@ -22,11 +22,12 @@ from aiormq.abc import DeliveredMessage
 from pydantic import ValidationError
 
 from ..abc import Consumer, Delivery
-from ..aio import Bell
+from ..aio import Bell, call_asyncio
 from ..aio.client import AsyncioSide
 from ..exceptions import CorralError, QueueUnavailable
 from ..protocol.messages import QueueMessage
 from ..supervision import Backoff
+from .dead_letter import why_unreadable
 from .rabbitmq_link import TROUBLE, RabbitMQConnection, RabbitMQLink, explain
 from .rabbitmq_subscription import ReceivingChannel, finish
 from .rabbitmq_topology import declare_group
@@ -218,7 +219,7 @@ class RabbitMQConsumer(Consumer):
             try:
                 message = QueueMessage.model_validate_json(arrived.raw.body)
             except ValidationError as error:
-                self._unreadable.append((arrived, str(error)))
+                self._unreadable.append((arrived, why_unreadable(error)))
                 continue
             delivery = RabbitMQDelivery(message, arrived, self)
             self._open[delivery] = None
@@ -265,7 +266,8 @@ class RabbitMQConsumer(Consumer):
                 await self._wait_news()
                 continue
             try:
-                await self._feed_once()
+                # The client ends what waits on a connection that we close by a cancellation of nobody's.
+                await call_asyncio(self._feed_once)
             except (CorralError, *TROUBLE) as error:
                 await self._detach()
                 self._failures += 1

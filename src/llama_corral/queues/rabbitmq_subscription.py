@@ -21,6 +21,7 @@ from ..aio import Bell, SelfCancelled
 from ..aio.client import AsyncioSide
 from ..exceptions import QueueUnavailable
 from ..protocol.messages import QueueMessage
+from .dead_letter import why_unreadable
 from .rabbitmq_link import CLOSING_TIME, TROUBLE, RabbitMQConnection
 from .rabbitmq_topology import BROADCAST, topic_key
 
@@ -177,7 +178,7 @@ class RabbitMQSubscription(Subscription):
         try:
             heard = QueueMessage.model_validate_json(raw.body)
         except ValidationError as error:
-            logger.warning("a broadcast to %s that nobody can read: %s", self._topic, error)
+            logger.warning("a broadcast to %s that nobody can read: %s", self._topic, why_unreadable(error))
             return
         self.lost += len(self._ring) == self._ring.maxlen
         self._ring.append(heard)

@@ -36,7 +36,7 @@ from ..exceptions import CorralError, StoreError, StoreUnavailable
 from ..protocol.records import EventRecord
 from ..protocol.sealing import Sealer
 from . import postgres_schema
-from .postgres_server import Link, Server, hint_of
+from .postgres_server import Link, Server
 from .statements import Logging, Statements, Taking, statements_for
 from .transaction import Durability, Names, Row, Transaction
 
@@ -46,7 +46,6 @@ PATIENCE: Final = 2.0
 """Seconds that callers wait for a server that has just gone; later ones are told at once that it is away."""
 PAUSE: Final = 0.1
 LONGEST_PAUSE: Final = 2.0
-_TRIED_AGAIN: Final = "It is looked for every few seconds."
 
 _VICTIMS: Final = (errors.DeadlockDetected, errors.SerializationFailure, errors.LockNotAvailable)
 
@@ -117,7 +116,7 @@ class PostgresConnection:
     """One connection, used by one thread at a time, made again when it is lost. See `transaction.Connection`.
 
     Raises:
-        StoreError, psycopg.Error: there is none to begin with.
+        StoreError, StoreUnavailable, psycopg.Error: there is none to begin with.
     """
 
     def __init__(self, database: PostgresDatabase) -> None:
@@ -127,7 +126,7 @@ class PostgresConnection:
         self._next_attempt = 0.0
         self._pause = PAUSE
         self._why = "it was closed"
-        self._away = StoreUnavailable("The store is away.", hint=_TRIED_AGAIN)
+        self._away = StoreUnavailable("The store is away.", hint="It is looked for every few seconds.")
         self._use(database.link())
 
     def _use(self, link: Link) -> None:
@@ -231,8 +230,9 @@ class PostgresConnection:
         while now >= self._next_attempt and now < self._ends_at:
             try:
                 self._use(self._database.link())
-            except (psycopg.Error, StoreError) as error:
-                self._away = self._told_of(error)
+            except (psycopg.Error, StoreError, StoreUnavailable) as error:
+                told = self._database.server.unusable(error) if isinstance(error, psycopg.Error) else error
+                self._away = StoreUnavailable(told.message, hint=told.hint)
                 now = time.monotonic()
                 if isinstance(error, psycopg.Error) and now < self._down_since + PATIENCE:
                     time.sleep(self._pause)
@@ -245,12 +245,6 @@ class PostgresConnection:
                 self._down_since = None
                 return
         raise StoreUnavailable(self._away.message, hint=self._away.hint)
-
-    def _told_of(self, error: psycopg.Error | StoreError) -> StoreUnavailable:
-        if isinstance(error, StoreError):
-            return StoreUnavailable(error.message, hint=error.hint)
-        why = self._database.server.why(error)
-        return StoreUnavailable(f"The store is away: {why}", hint=hint_of(error) or _TRIED_AGAIN)
 
     # Closing
 
@@ -287,6 +281,7 @@ class PostgresDatabase:
 
         Raises:
             StoreError: it cannot be used; the hint says what to do.
+            StoreUnavailable: it is away.
         """
         try:
             link = self.server.connect()
@@ -298,14 +293,14 @@ class PostgresDatabase:
             raise self.server.unusable(error) from error
 
     def connect(self) -> PostgresConnection:
-        """A connection of its own for whoever asks. Raises StoreError."""
+        """A connection of its own for whoever asks. Raises what `open` raises."""
         try:
             return PostgresConnection(self)
         except psycopg.Error as error:
             raise self.server.unusable(error) from error
 
     def link(self) -> Link:
-        """A new connection to tables that stay as they are. Raises StoreError, psycopg.Error."""
+        """A new connection to tables that stay as they are. Raises psycopg.Error, and what `open` raises."""
         link = self.server.connect()
         try:
             postgres_schema.use(link)

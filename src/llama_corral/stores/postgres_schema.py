@@ -7,7 +7,7 @@ from typing import Final
 
 from psycopg import errors
 
-from ..exceptions import StoreError
+from ..exceptions import StoreError, StoreUnavailable
 from . import schema, tables
 from .postgres_server import Link
 from .statements import DIALECTS, statements_for
@@ -68,11 +68,12 @@ def use(link: Link) -> None:
     """Keep the tables as they are for as long as this connection lasts.
 
     Raises:
-        StoreError: they are being changed, or are not those that this llama-corral knows.
+        StoreUnavailable: they are being changed.
+        StoreError: they are not those that this llama-corral knows.
     """
     row = link.execute(_IN_USE).fetchone()
     if row is None or not row[0]:
-        raise StoreError("Another process is changing the tables of the store.", hint="Try again when it is done.")
+        raise StoreUnavailable("Another process is changing the tables of the store.", hint="It does not take long.")
     found = _version(link)
     if found is None or schema.steps_from(found, "postgresql"):
         raise StoreError(

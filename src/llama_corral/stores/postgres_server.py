@@ -73,6 +73,7 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
     ("read-only", "Name the primary server in the URL of the store: this one only reads."),
     ("certificate", "Check sslmode and sslrootcert in the URL of the store."),
 )
+_PASSING: Final = ("starting up", "shutting down", "recovery", "too many", "remaining connection slots")
 _BY_STATE: Final[Mapping[str, str]] = {
     "53100": "Free some space on the disk of the server.",
     "42501": "Give the user of the store's URL the rights to create and use tables in this schema.",
@@ -159,12 +160,12 @@ class Server:
             text = text.replace(str(password), "***")
         return text if len(text) <= 400 else text[:400] + "..."
 
-    def unusable(self, error: psycopg.Error) -> StoreError:
-        """Why the store cannot be opened."""
-        return StoreError(
-            f"The store cannot be used: {self.why(error)}",
-            hint=hint_of(error) or "Is the server running there, and are host, port and database right?",
-        )
+    def unusable(self, error: psycopg.Error) -> StoreError | StoreUnavailable:
+        """Why the store cannot be opened; StoreUnavailable where that may pass by itself."""
+        hint = hint_of(error) or "Is the server running there, and are host and port right?"
+        if _may_come(error):
+            return StoreUnavailable(f"The store is away: {self.why(error)}", hint=hint)
+        return StoreError(f"The store cannot be used: {self.why(error)}", hint=hint)
 
     def translate(self, error: Exception) -> CorralError | None:
         """What a caller is told of an error of psycopg; None where it is a fault of ours."""
@@ -181,6 +182,16 @@ class Server:
 
     def __repr__(self) -> str:
         return "Server(...)"
+
+
+def _may_come(error: psycopg.Error) -> bool:
+    """Whether a server that refuses us now may take us later, with nothing changed."""
+    if error.sqlstate is not None:
+        return error.sqlstate.startswith(("08", "57P")) or error.sqlstate in ("53300", "55P03")
+    text = str(error)
+    if "FATAL:" in text:
+        return any(words in text for words in _PASSING)
+    return not any(words in text for words in ("password", "certificate", "SSL"))
 
 
 def hint_of(error: psycopg.Error) -> str | None:

@@ -67,6 +67,7 @@ class SqlStore(anyio.AsyncContextManagerMixin, Store):  # type: ignore[misc]
 
     Raises:
         StoreError: the URL names no store that can be used. Nothing is opened before the block is entered.
+        StoreUnavailable: on entering the block, where the store is on a server that is away: try again later.
     """
 
     def __init__(

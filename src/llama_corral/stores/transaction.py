@@ -174,10 +174,11 @@ class Database(Protocol):
 
         Raises:
             StoreError: it cannot be used; the hint says what to do.
+            StoreUnavailable: it is on a server that is away.
         """
 
     def connect(self) -> Connection:
-        """A connection of its own for whoever asks. Raises StoreError."""
+        """A connection of its own for whoever asks. Raises what `open` raises."""
 
     def close(self) -> None:
         """Close the connections first."""
