@@ -25,11 +25,21 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from . import report
+
 Scenario = Literal["run", "session", "peer"]
-Operation = Generator[bytes, "Answer", None]
-"""Yields requests, is sent their answers, ends when the operation is done, raises `WrongAnswer` if it failed."""
+Operation = Generator["bytes | Pause", "Answer", None]
+"""Yields requests, is sent their answers, ends when the operation is done, raises `WrongAnswer` if it failed. A `Pause`
+is waited for, and answered by the last answer again."""
 
 ANSWER_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Nothing for so many seconds, as a client that polls does it."""
+
+    seconds: float
 
 
 class WrongAnswer(Exception):
@@ -71,9 +81,7 @@ class Load:
 
     def percentile(self, share: float) -> float:
         """The latency that `share` (0 to 1) of the operations did not exceed; nan without any."""
-        if not self.latencies:
-            return float("nan")
-        return self.latencies[min(len(self.latencies) - 1, int(share * len(self.latencies)))]
+        return report.percentile(self.latencies, share)
 
 
 def drive(plan: Plan) -> Load:
@@ -177,7 +185,10 @@ def operations(plan: Plan) -> Callable[[], Operation]:
 
 
 class Connection:
-    """One socket, one operation after the other. `report(latency, failure)` hears of each that ended."""
+    """One socket, one operation after the other. `report(latency, failure)` hears of each that ended.
+
+    `resume_at`: when the operation goes on that has asked for a pause (`resume`); None: it has not.
+    """
 
     def __init__(
         self, address: tuple[str, int], begin: Callable[[], Operation], report: Callable[[float, str], None]
@@ -189,12 +200,16 @@ class Connection:
         self._buffer = b""
         self._operation: Operation | None = None
         self._started = 0.0
+        self._answer: Answer | None = None
+        self.resume_at: float | None = None
 
     def start(self) -> None:
         """Begin the next operation."""
         self._operation = self._begin()
         self._started = time.perf_counter()
-        self.socket.sendall(next(self._operation))  # a request is small: it never fills the socket's buffer
+        first = next(self._operation)
+        assert isinstance(first, bytes)
+        self.socket.sendall(first)  # a request is small: it never fills the socket's buffer
 
     def on_readable(self) -> bool:
         """Read on; True if the operation ended.
@@ -209,11 +224,21 @@ class Connection:
         answer = self._take_answer()
         return answer is not None and self._go_on(answer)
 
+    def resume(self) -> bool:
+        """Go on after a pause; True if the operation ended."""
+        assert self._answer is not None
+        self.resume_at = None
+        return self._go_on(self._answer)
+
     def _go_on(self, answer: Answer) -> bool:
         assert self._operation is not None
         failure = ""
         try:
-            self.socket.sendall(self._operation.send(answer))
+            wanted = self._operation.send(answer)
+            if isinstance(wanted, Pause):
+                self._answer, self.resume_at = answer, time.perf_counter() + wanted.seconds
+            else:
+                self.socket.sendall(wanted)
         except StopIteration:
             pass
         except (WrongAnswer, LookupError, TypeError) as exc:

@@ -19,6 +19,11 @@ def spread(values: Iterable[float], digits: int = 2) -> str:
     return f"{statistics.median(known):.{digits}f} ({min(known):.{digits}f}-{max(known):.{digits}f})"
 
 
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """The value that `share` (0 to 1) of sorted values did not exceed; nan without any."""
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns line up in a terminal too: the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]

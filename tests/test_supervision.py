@@ -145,6 +145,19 @@ async def test_a_start_can_still_be_cancelled():
     assert scope.cancelled_caught
 
 
+async def test_a_start_that_is_cancelled_in_the_moment_it_succeeds():
+    async def helper(*, task_status: TaskStatus[None]) -> None:
+        scope.cancel()
+        task_status.started()
+        await anyio.sleep_forever()
+
+    with anyio.CancelScope() as scope:
+        async with open_support_group() as support:
+            await support.start(helper, name="helper")
+            await anyio.sleep_forever()
+    assert scope.cancelled_caught
+
+
 async def test_an_ended_helper_is_forgotten():
     async def short() -> None:
         await anyio.lowlevel.checkpoint()
@@ -203,13 +216,13 @@ def test_a_blocked_event_loop_does_not_keep_the_process_alive():
         supervision._BLOCKED_MARGIN = 0.05
         async def main():
             stop = anyio.Event()
-            async with supervision.drain_deadline(stop, 0.05, margin=0.05):
+            async with supervision.drain_deadline(stop, 0.5, margin=0.05):
                 stop.set()
                 await anyio.wait_all_tasks_blocked()
                 threading.Event().wait()
         anyio.run(main, backend="trio")
     """
-    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, timeout=8, text=True)
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, timeout=40, text=True)
     assert ended.returncode == EXIT_STUCK
     assert "in main" in ended.stderr
 

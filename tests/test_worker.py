@@ -86,10 +86,10 @@ async def test_what_does_not_end_is_handed_back(how: str) -> None:
 async def test_what_must_be_changed_comes_out() -> None:
     async with open_core(token="sesame") as core:
         wrong = WorkerOptions(control_plane_url=core.url, token=SecretStr("wrong"))
-        with pytest.RaisesGroup(Unauthorized, flatten_subgroups=True):
+        with pytest.raises(Unauthorized):
             await deploy_worker({"hello": hello}, wrong)
         elsewhere = WorkerOptions(control_plane_url=f"{core.url}/nowhere")
-        with pytest.RaisesGroup(CorralError, flatten_subgroups=True):
+        with pytest.raises(CorralError):
             await deploy_worker({"hello": hello}, elsewhere)
     with pytest.raises(SetupError):
         await deploy_worker({})
@@ -112,8 +112,8 @@ async def test_it_waits_for_its_core_and_says_so_once(
             stop.set()
 
     said = anyio.Event()
-    monkeypatch.setattr("llama_corral.deploy.logger.filter", lambda record: (said.set(), True)[1])
-    with caplog.at_level(logging.WARNING, "llama_corral.deploy"):
+    monkeypatch.setattr("llama_corral.starting.logger.filter", lambda record: (said.set(), True)[1])
+    with caplog.at_level(logging.WARNING, "llama_corral.starting"):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(partial(deploy_worker, {"hello": hello}, options, stop=stop, task_status=Status()))
             await said.wait()

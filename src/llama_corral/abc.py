@@ -25,6 +25,7 @@ from .protocol.records import (
     InboxPage,
     InstanceRecord,
     NewTask,
+    Reaped,
     Registration,
     Report,
     ReportAnswer,
@@ -360,7 +361,7 @@ class Store(ABC):
         """The next outside events, some hundreds at most: if `head` is behind the last of them, there are more."""
 
     @abstractmethod
-    async def reap(self, dead_instances: Sequence[str], now: float) -> list[Ticket]:
+    async def reap(self, dead_instances: Sequence[str], now: float) -> Reaped:
         """Queue again what these instances own, with attempts + 1; a task whose attempts are used up fails with type
         `worker_lost`, one whose cancel was requested ends as cancelled. Removes the instances. With unknown ids it does
         nothing."""
@@ -407,7 +408,7 @@ class Store(ABC):
         that they can not do now; None if there is none."""
 
     @abstractmethod
-    async def reclaim(self, instance_id: str, strays: Sequence[HeldTask], now: float) -> list[Ticket]:
+    async def reclaim(self, instance_id: str, strays: Sequence[HeldTask], now: float) -> Reaped:
         """As `reap`, for single tasks that a live instance owns in these epochs and does not hold."""
 
     @abstractmethod
@@ -442,6 +443,11 @@ class Store(ABC):
     @abstractmethod
     async def count_tasks(self) -> Mapping[str, Mapping[str, int]]:
         """{service name: {status: number}} of the open tasks."""
+
+    @abstractmethod
+    async def oldest_queued(self, now: float) -> Mapping[str, float]:
+        """{service name: since when the first task in its line could be claimed} of the services that have one: since its
+        acceptance, or since its `not_before`. A task that was queued again counts from its acceptance."""
 
     @abstractmethod
     def statistics(self) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import anyio
 import anyio.abc
@@ -27,23 +27,21 @@ from . import __version__
 from .abc import Coordinator, MessageQueue, Store
 from .aio import caller_library, open_asyncio_loop
 from .control_plane import ControlPlane, ControlPlaneConfig
-from .exceptions import SetupError, Unavailable
+from .exceptions import SetupError
 from .http_link import HttpLink
 from .protocol.sealing import Sealer
-from .queues import open_queue
-from .queues.http import HttpMessageQueue
+from .queues import MemoryMessageQueue, open_queue
+from .queues.urls import without_credentials
 from .runtime import StepFlavour, check_served
 from .services import CheckpointPolicy, OnChange, WorkflowService, WorkflowServiceConfig
 from .services.http_coordinator import HttpCoordinator
-from .settings import ServerSettings, StateSettings
+from .settings import QueueSettings, ServerSettings, StateSettings, StoreSettings
+from .starting import add_credentials, enter_patiently, open_workers_queue, try_patiently
 from .stores import open_store
 from .stores.secret_file import SecretFile, read_secret_file
-from .supervision import Backoff, StopEvent
+from .supervision import StopEvent
 
 logger = logging.getLogger(__name__)
-
-MAX_RETRY_DELAY: Final = 5.0
-"""Seconds that a worker waits at most before it looks again whether its control plane is up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +102,17 @@ class ServiceOptions:
 class DeployOptions(ServiceOptions):
     """Of a core, and of services in its process.
 
+    `store_url`, `queue_url`: with credentials or without. What they leave out, `store_password` and `queue_credentials` add;
+    these come from the environment if not given (`CORRAL_STORE_PASSWORD`, `CORRAL_QUEUE_USER`, `CORRAL_QUEUE_PASSWORD`). A
+    queue in memory is enough for one control plane and its workers.
     `state_secret`: the first one seals stored state, all of them verify. Without any (`CORRAL_STATE_SECRET` is not set
-    either), a store in a file has one of its own, kept beside it.
+    either), a store in a file has one of its own, kept beside it; what a database keeps is not sealed then.
     """
 
-    store_url: str = "sqlite:///corral.db"
-    queue_url: str = "memory://"
+    store_url: str = field(default="sqlite:///corral.db", repr=False)
+    queue_url: str = field(default="memory://", repr=False)
+    store_password: SecretStr | None = field(default_factory=lambda: StoreSettings().store_password)
+    queue_credentials: QueueSettings = field(default_factory=QueueSettings)
     settings: ServerSettings = field(default_factory=ServerSettings)
     control_plane: ControlPlaneConfig = field(default_factory=ControlPlaneConfig)
     state_secret: tuple[SecretStr, ...] = field(default_factory=lambda: StateSettings().state_secret)
@@ -117,10 +120,17 @@ class DeployOptions(ServiceOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOptions(ServiceOptions):
-    """Of services whose control plane is another process: `corral core` or `corral serve`."""
+    """Of services whose control plane is another process: `corral core` or `corral serve`.
+
+    `control_plane_url`: one URL, or several with commas in between.
+    `queue_url`: of the message queue; if not given, the control plane is asked. What it leaves out of user and password,
+    `queue_credentials` add, which come from the environment if not given (`CORRAL_QUEUE_USER`, `CORRAL_QUEUE_PASSWORD`).
+    """
 
     control_plane_url: str = "http://127.0.0.1:8000"
     token: SecretStr | None = None
+    queue_url: str | None = field(default=None, repr=False)
+    queue_credentials: QueueSettings = field(default_factory=QueueSettings)
 
 
 @asynccontextmanager
@@ -129,27 +139,51 @@ async def open_core(options: DeployOptions) -> AsyncIterator[Core]:
     `deploy_workflow`.
 
     Raises:
+        StoreUnavailable, QueueUnavailable: the database or the broker is away.
         StoreError, SetupError: a URL or a secret that cannot be used.
     """
     async with AsyncExitStack() as stack:
-        store = await stack.enter_async_context(_open_sealed_store(options))
-        queue = await stack.enter_async_context(open_queue(options.queue_url))
-        # SQLite is locked by one process: whatever lived in an earlier one is dead.
-        plane = await stack.enter_async_context(ControlPlane(store, queue, config=options.control_plane, alone=True))
+        store_url = add_credentials(options.store_url, None, options.store_password)
+        store = await stack.enter_async_context(_open_sealed_store(options, store_url))
+        queue = await stack.enter_async_context(
+            open_queue(
+                add_credentials(
+                    options.queue_url,
+                    options.queue_credentials.queue_user,
+                    options.queue_credentials.queue_password,
+                ),
+                token=options.settings.token,
+                namespace=options.control_plane.topic_namespace,
+            )
+        )
+        logger.info("store: %s; queue: %s", without_credentials(store_url), without_credentials(options.queue_url))
+        if isinstance(queue, MemoryMessageQueue) and not store.exclusive:
+            logger.info(
+                "the queue is in this process: no other control plane may use the store (--queue names a broker)"
+            )
+        # A store of one process is locked by it: whatever lived in an earlier one is dead.
+        plane = await stack.enter_async_context(
+            ControlPlane(store, queue, config=options.control_plane, alone=store.exclusive)
+        )
         yield Core((), plane, queue, store)
 
 
 @asynccontextmanager
-async def _open_sealed_store(options: DeployOptions) -> AsyncIterator[Store]:
+async def _open_sealed_store(options: DeployOptions, url: str) -> AsyncIterator[Store]:
     secrets = options.state_secret
     own: SecretFile | None = None
     if not secrets:
-        own = await anyio.to_thread.run_sync(read_secret_file, options.store_url)
+        own = await anyio.to_thread.run_sync(read_secret_file, url)
         secrets = () if own is None else (own.secret,)
     sealer = Sealer([secret.get_secret_value() for secret in secrets]) if secrets else None
-    async with open_store(options.store_url, sealer=sealer) as store:
+    async with open_store(url, sealer=sealer) as store:
         if own is not None:
             await anyio.to_thread.run_sync(own.keep)
+        if sealer is None and not store.exclusive:
+            logger.warning(
+                "stored state is not sealed: whoever writes to the database can change it unseen; "
+                "give all control planes the same CORRAL_STATE_SECRET"
+            )
         yield store
 
 
@@ -159,16 +193,20 @@ async def deploy_core(
     stop: trio.Event | None = None,
     task_status: anyio.abc.TaskStatus[Core] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
-    """A core with its HTTP server, until `stop` is set or the call is cancelled. Started with the `Core` when it listens.
+    """A core with its HTTP server, until `stop` is set or the call is cancelled. Started with the `Core` when it listens;
+    until the database and the broker are there, it tries again. If `stop` is set before that, it returns without having
+    started.
 
     Raises:
         AddressError, StoreError, SetupError: something must be changed before it can run.
     """
     options = options or DeployOptions()
     stop = trio.Event() if stop is None else stop
-    async with open_core(options) as bare, trio.open_nursery() as nursery:
-        core = await _start_http(nursery, bare, options.settings, stop)
-        task_status.started(core)
+    async with AsyncExitStack() as stack:
+        bare = await enter_patiently(stack, partial(open_core, options), "the database and the broker", stop)
+        if bare is not None:
+            nursery = await stack.enter_async_context(trio.open_nursery())
+            task_status.started(await _start_http(nursery, bare, options, stop))
 
 
 async def deploy_workflow(
@@ -202,7 +240,8 @@ async def deploy_all(
     Workers in other processes may join it.
 
     Started with the `Deployment` when it listens and every service takes tasks. After `stop` nothing new is accepted,
-    working runs get `options.drain_timeout` seconds, what is left is handed back to the store, and the server closes.
+    working runs get `options.drain_timeout` seconds, what is left is handed back to the store, and the server closes. As
+    `deploy_core` it waits for the database and the broker.
 
     Raises:
         AddressError, StoreError, SetupError: something must be changed before it can run.
@@ -216,10 +255,12 @@ async def deploy_all(
     async with AsyncExitStack() as stack:
         if options.step_flavour == "asyncio":
             await stack.enter_async_context(open_asyncio_loop())
-        bare = await stack.enter_async_context(open_core(options))
+        bare = await enter_patiently(stack, partial(open_core, options), "the database and the broker", stop)
+        if bare is None:
+            return
         close_http = trio.Event()
         http = await stack.enter_async_context(trio.open_nursery())
-        core = await _start_http(http, bare, options.settings, close_http)
+        core = await _start_http(http, bare, options, close_http)
         host, _, port = core.url.rpartition("/")[2].rpartition(":")
         try:
             async with trio.open_nursery() as nursery:
@@ -248,14 +289,15 @@ async def deploy_worker(
     """A service for each workflow, by name, that works for a control plane in another process, on either backend, until
     `stop` is set or the call is cancelled.
 
-    Started with the `Worker` when every service takes tasks; until the control plane answers, it tries again. If `stop` is
-    set before that, it returns without having started. After `stop` it takes nothing more, working runs get
+    Started with the `Worker` when every service takes tasks; until the control plane and the broker answer, it tries again.
+    If `stop` is set before that, it returns without having started. After `stop` it takes nothing more, working runs get
     `options.drain_timeout` seconds, and what is left is handed back.
 
     Raises:
         Unauthorized: the token is wrong.
+        SetupError: the broker refuses it, or needs a package that is not installed.
         Incompatible: the control plane is of a release with which this one cannot work.
-        UsageError, SetupError: what else must be changed before it can run.
+        UsageError: what else must be changed before it can run.
         WorkflowValidationError, FlavourError: as in `deploy_all`.
     """
     options = options or WorkerOptions()
@@ -266,12 +308,15 @@ async def deploy_worker(
             await stack.enter_async_context(open_asyncio_loop())
         link = await stack.enter_async_context(HttpLink(options.control_plane_url, options.token))
         coordinator = await stack.enter_async_context(HttpCoordinator(link.url, link=link))
-        queue = await stack.enter_async_context(HttpMessageQueue(link.url, link=link))
+        queue = await open_workers_queue(stack, link, options, stop)
+        if queue is None:
+            return
         async with anyio.create_task_group() as tasks:
             services: dict[str, WorkflowService] = {}
             for name, workflow in workflows.items():
                 service = _make_service(workflow, _config_of(name, workflow, options), queue, coordinator, options)
-                if not await _start_patiently(tasks, service, link, stop):
+                start = partial(_start_service, tasks, service, link)
+                if await try_patiently(start, "the control plane or its queue", stop) is None:
                     break
                 services[name] = service
             else:
@@ -282,25 +327,10 @@ async def deploy_worker(
                 service.stop()
 
 
-async def _start_patiently(
-    tasks: anyio.abc.TaskGroup, service: WorkflowService, link: HttpLink, stop: StopEvent
-) -> bool:
-    """Start a service, again and again while its control plane is away. False: `stop` came first."""
-    backoff = Backoff(maximum=MAX_RETRY_DELAY)
-    failures = 0
-    while not stop.is_set():
-        try:
-            await link.ask("GET", "/ready", bytes)
-            await tasks.start(service.processing_loop)
-        except Unavailable as error:
-            failures += 1
-            if failures == 1:
-                logger.warning("waiting for the control plane, trying again and again: %s", error)
-            with anyio.move_on_after(backoff.delay(failures)):
-                await stop.wait()
-        else:
-            return True
-    return False
+async def _start_service(tasks: anyio.abc.TaskGroup, service: WorkflowService, link: HttpLink) -> bool:
+    await link.ask("GET", "/ready", bytes)
+    await tasks.start(service.processing_loop)
+    return True
 
 
 def _check_workflows(workflows: Mapping[str, Workflow], options: ServiceOptions) -> None:
@@ -341,12 +371,12 @@ def _make_service(
     )
 
 
-async def _start_http(nursery: trio.Nursery, core: Core, settings: ServerSettings, stop: trio.Event) -> Core:
+async def _start_http(nursery: trio.Nursery, core: Core, options: DeployOptions, stop: trio.Event) -> Core:
     # Only who serves HTTP pays for the web stack.
     from .control_plane.http import mount
     from .web import WebApp, serve
 
-    app = WebApp(settings, title="llama-corral", version=__version__)
-    mount(app, core.plane)
-    urls: list[str] = await nursery.start(partial(serve, app, settings, stop=stop))
+    app = WebApp(options.settings, title="llama-corral", version=__version__)
+    mount(app, core.plane, queue_url=options.queue_url, store_url=options.store_url)
+    urls: list[str] = await nursery.start(partial(serve, app, options.settings, stop=stop))
     return Core(tuple(urls), core.plane, core.queue, core.store)

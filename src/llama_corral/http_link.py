@@ -1,4 +1,4 @@
-"""One pool of kept-alive connections to a control plane, for the services and the queue of one process.
+"""Kept-alive connections to the control plane, or to several on one store, for the services and the queue of one process.
 
 What goes wrong comes out in the families of `exceptions`. Nothing is repeated here: callers know what may be done twice
 and how long they can wait. No message, field or `repr` ever holds the token.
@@ -6,17 +6,21 @@ and how long they can wait. No message, field or `repr` ever holds the token.
 
 from __future__ import annotations
 
+import logging
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self, TypeVar
 
 import anyio
 import httpx
 from pydantic import SecretStr
 
-from .exceptions import CorralError, TooLarge, Unauthorized, Unavailable
+from .exceptions import CorralError, Draining, TooLarge, TooManyTasks, Unauthorized, Unavailable
 from .http_answers import from_answer, no_answer
-from .http_urls import authorization, check_url, is_loopback
+from .http_targets import Targets
+from .http_urls import authorization, check_urls, is_loopback
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -46,113 +50,39 @@ class _Body(httpx.AsyncByteStream):
         return self._left.pop()
 
 
-class HttpLink:
-    """Requests to one control plane: `async with HttpLink(url, token) as link: await link.ask("GET", "/", json.loads)`.
+class _Target:
+    """One control plane, and the connections to it."""
 
-    Works on Trio and on asyncio. Leaving the block closes the connections; requests in flight belong to their callers,
-    who end them before.
-
-    Args:
-        url: Of the control plane, without user and password.
-        token: Bearer token, sent with every request and never shown.
-        timeout: Seconds that a request may take as a whole.
-        verify: TLS certificates: as in httpx.
-
-    Raises:
-        BadInput: the URL or the token cannot be used.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        token: str | SecretStr | None = None,
-        *,
-        timeout: float = TIMEOUT,
-        verify: ssl.SSLContext | bool = True,
-    ) -> None:
-        self.url = check_url(url)
-        self._timeout = timeout
-        secret = token.get_secret_value() if isinstance(token, SecretStr) else token
-        self._client = httpx.AsyncClient(
-            base_url=self.url,
-            headers={b"Authorization": authorization(secret)} if secret else {},
+    def __init__(self, url: str, headers: dict[bytes, bytes], verify: ssl.SSLContext | bool) -> None:
+        self.url = url
+        self.met = False
+        self.client = httpx.AsyncClient(
+            base_url=url,
+            headers=headers,
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT),
             # Every request has a caller who waits for it; a limit here would let long polls block everything else.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=KEEP_ALIVE),
             # Loading the certificates of the system takes longer than most requests.
-            verify=verify if self.url.startswith("https:") else False,
+            verify=verify if url.startswith("https:") else False,
             # What is on this machine is never behind a proxy, whatever the environment says.
-            trust_env=not is_loopback(self.url),
+            trust_env=not is_loopback(url),
         )
-        self._met = False
-        self._requests = self._failed = 0
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        with anyio.move_on_after(CLOSING_TIME, shield=True):
-            await self._client.aclose()
-
-    async def ask(
-        self,
-        method: str,
-        path: str,
-        read: Callable[[bytes], T],
-        *,
-        body: bytes | None = None,
-        params: Mapping[str, Any] | None = None,
-        wait: float = 0.0,
-        timeout: float | None = None,
-        away: type[Unavailable] = Unavailable,
-    ) -> T:
-        """What `read` makes of the body of the answer.
-
-        Args:
-            read: Raises ValueError for what is no answer of a control plane.
-            body: JSON.
-            wait: Seconds for which the server is asked to hold the answer back (a long poll), beside the timeout.
-            timeout: Seconds for this request, where they are less than the link's.
-            away: The kind of `Unavailable` to raise.
-
-        Raises:
-            Unavailable: nothing came back in time, or the server answered that it cannot (408, 429, 5xx). Field `sent` is
-                False if nothing of the request was done.
-            CorralError: what else the server answered (Unauthorized, NotFound, Conflict, TooLarge, BadInput, ...), or
-                something that is no control plane.
-        """
-        self._requests += 1
-        request = self._client.build_request(
-            method,
-            path,
-            params=params,
-            content=body,
-            headers=None if body is None else {"Content-Type": "application/json"},
-        )
-        if body is not None:
-            request.stream = _Body(body)
+    async def ask(self, request: httpx.Request, read: Callable[[bytes], T], seconds: float) -> T:
         try:
-            response = await self._send(
-                request, (self._timeout if timeout is None else min(timeout, self._timeout)) + wait
-            )
+            response = await self._send(request, seconds)
             if response.status_code >= 300:
                 raise self._refusal(response)
             found = read(response.content)
         except ValueError as error:
-            self._failed += 1
-            raise self._not_ours(path, away) from error
-        except CorralError as error:
-            self._failed += 1
-            if isinstance(error, Unavailable) and not isinstance(error, away):
-                raise away(error.message, hint=error.hint, **error.fields) from error
-            raise
-        self._met = True
+            raise self._not_ours(request.url.path) from error
+        self.met = True
         return found
 
     async def _send(self, request: httpx.Request, seconds: float) -> httpx.Response:
         try:
             with anyio.fail_after(seconds):
-                return await self._client.send(request)
+                return await self.client.send(request)
         except TimeoutError as error:
             raise no_answer(self.url, f"none within {seconds:g} s", sent=True) from error
         except httpx.HTTPError as error:
@@ -165,17 +95,144 @@ class HttpLink:
         if isinstance(error, Unavailable):
             return error
         # A proxy that lost its server may answer anything; at the first contact it is a wrong URL.
-        lost = foreign and self._met and not isinstance(error, (Unauthorized, TooLarge))
-        self._met = self._met or not foreign
+        lost = foreign and self.met and not isinstance(error, (Unauthorized, TooLarge))
+        self.met = self.met or not foreign
         if response.status_code >= 500 or response.status_code in (408, 429) or lost:
             return Unavailable(error.message, hint=error.hint, **error.fields)
         return error
 
-    def _not_ours(self, path: str, away: type[Unavailable]) -> CorralError:
-        kind = away if self._met else CorralError
+    def _not_ours(self, path: str) -> CorralError:
+        kind = Unavailable if self.met else CorralError
         message = f"{self.url} does not answer {path} as a control plane does"
         return kind(message, hint="Check that the URL is right.", url=self.url)
+
+
+class HttpLink:
+    """Requests to a control plane: `async with HttpLink(url, token) as link: await link.ask("GET", "/", json.loads)`.
+
+    Of several control planes on one store the first one that answers is asked, until it fails or says that it stops; then
+    the next one. Works on Trio and on asyncio. Leaving the block closes the connections; requests in flight belong to
+    their callers, who end them before.
+
+    Args:
+        url: Of the control plane, without user and password; or several, in a sequence or with commas in between.
+        token: Bearer token, sent with every request and never shown.
+        timeout: Seconds that a request may take as a whole.
+        verify: TLS certificates: as in httpx.
+
+    Raises:
+        BadInput: the URL or the token cannot be used.
+    """
+
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        token: str | SecretStr | None = None,
+        *,
+        timeout: float = TIMEOUT,
+        verify: ssl.SSLContext | bool = True,
+    ) -> None:
+        self.urls = check_urls(url)
+        self._timeout = timeout
+        secret = token.get_secret_value() if isinstance(token, SecretStr) else token
+        headers = {b"Authorization": authorization(secret)} if secret else {}
+        self._targets = {each: _Target(each, headers, verify) for each in self.urls}
+        self._choice = Targets(self.urls)
+        self._requests = self._failed = 0
+
+    @property
+    def url(self) -> str:
+        """The control plane that was asked last."""
+        return self._choice.current
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        with anyio.move_on_after(CLOSING_TIME, shield=True):
+            for target in self._targets.values():
+                await target.client.aclose()
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        read: Callable[[bytes], T],
+        *,
+        body: bytes | None = None,
+        params: Mapping[str, Any] | None = None,
+        wait: float = 0.0,
+        timeout: float | None = None,
+        away: type[Unavailable] = Unavailable,
+        at: str | None = None,
+        on_answer: Callable[[str], None] | None = None,
+    ) -> T:
+        """What `read` makes of the body of the answer.
+
+        With several control planes, what one has not done is asked of the next one. What one may have done is not
+        repeated here; the next call asks another one.
+
+        Args:
+            read: Raises ValueError for what is no answer of a control plane.
+            body: JSON.
+            wait: Seconds for which the server is asked to hold the answer back (a long poll), beside the timeout.
+            timeout: Seconds for this request, where they are less than the link's.
+            away: The kind of `Unavailable` to raise.
+            at: Ask this one of the URLs and no other.
+            on_answer: Called with the URL that has answered.
+
+        Raises:
+            Unavailable: nothing came back in time, or the server answered that it cannot (408, 429, 5xx). Field `sent` is
+                False if nothing of the request was done.
+            CorralError: what else the server answered (Unauthorized, NotFound, Conflict, TooLarge, BadInput, ...), or
+                something that is no control plane.
+        """
+        seconds = (self._timeout if timeout is None else min(timeout, self._timeout)) + wait
+        asked: set[str] = set()
+        while True:
+            url = self._choice.choose(anyio.current_time()) if at is None else at
+            asked.add(url)
+            target = self._targets[url]
+            self._requests += 1
+            try:
+                found = await target.ask(_request(target.client, method, path, body, params), read, seconds)
+            except CorralError as error:
+                self._failed += 1
+                if isinstance(error, Unavailable):
+                    self._note(url, error)
+                    undone = not error.fields.get("sent", True) and not isinstance(error, TooManyTasks)
+                    if undone and at is None and self._choice.choose(anyio.current_time()) not in asked:
+                        continue
+                    if not isinstance(error, away):
+                        raise away(error.message, hint=error.hint, **error.fields) from error
+                raise
+            self._choice.answered(url)
+            if on_answer is not None:
+                on_answer(url)
+            return found
+
+    def avoid(self, url: str) -> None:
+        """A control plane has said that it stops: ask others, if there are any."""
+        self._choice.failed(url, anyio.current_time(), stops=True)
+
+    def _note(self, url: str, error: Unavailable) -> None:
+        if not isinstance(error, TooManyTasks):
+            before = self._choice.current
+            self._choice.failed(url, anyio.current_time(), stops=isinstance(error, Draining))
+            after = self._choice.choose(anyio.current_time())
+            if before != after:
+                logger.warning("asking %s from now on: %s", after, error)
 
     def statistics(self) -> Mapping[str, int]:
         """How many requests were sent, and how many of them failed."""
         return {"requests": self._requests, "failed": self._failed}
+
+
+def _request(
+    client: httpx.AsyncClient, method: str, path: str, body: bytes | None, params: Mapping[str, Any] | None
+) -> httpx.Request:
+    headers = None if body is None else {"Content-Type": "application/json"}
+    request = client.build_request(method, path, params=params, content=body, headers=headers)
+    if body is not None:
+        request.stream = _Body(body)
+    return request

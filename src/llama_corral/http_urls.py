@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from urllib.parse import SplitResult, quote, urlsplit, urlunsplit
 
 from .exceptions import BadInput
@@ -25,6 +26,17 @@ def check_url(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or parts.query or parts.fragment:
         raise BadInput(f"not a URL of a control plane: {url!r}", hint=hint)
     return urlunsplit(SplitResult(parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
+
+
+def check_urls(urls: str | Sequence[str]) -> tuple[str, ...]:
+    """The URLs of one control plane, or of several on one store: a sequence, or a text with commas in between.
+
+    Raises:
+        BadInput: as `check_url`, or there is none.
+    """
+    given = urls.split(",") if isinstance(urls, str) else urls
+    found = tuple(dict.fromkeys(check_url(url.strip()) for url in given if url.strip()))
+    return found or (check_url(""),)  # which says what is wrong
 
 
 def is_loopback(url: str) -> bool:

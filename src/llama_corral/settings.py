@@ -117,6 +117,19 @@ class ServerSettings(CorralSettings):
         return self
 
 
+class QueueSettings(CorralSettings):
+    """What opens the broker, where it is not in its URL. Nobody is told: every process has its own."""
+
+    queue_user: str | None = Field(None, description="User of the message queue.")
+    queue_password: SecretStr | None = Field(None, description="Password of the message queue.")
+
+
+class StoreSettings(CorralSettings):
+    """What opens the database, where it is not in its URL."""
+
+    store_password: SecretStr | None = Field(None, description="Password of the user in the URL of the store.")
+
+
 class ClientSettings(CorralSettings):
     """What a program that is a client without being given options needs."""
 

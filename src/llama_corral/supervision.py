@@ -132,7 +132,9 @@ class _ShieldOnStarted:
         self._task_status = task_status
 
     def started(self, value: Any = None) -> None:
-        self._scope.shield = True
+        # A start that is being cancelled does not let go of its task, but waits for it to end: shielded, it never would.
+        if anyio.current_effective_deadline() > -math.inf:
+            self._scope.shield = True
         self._task_status.started(value)
 
 

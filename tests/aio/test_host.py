@@ -222,9 +222,10 @@ async def test_cancelled_timers_do_not_pile_up_and_the_others_stay_in_order():
 
     async def many():
         loop = asyncio.get_running_loop()
+        now = loop.time()
         for number in reversed(range(5)):
-            loop.call_later(0.02 + number / 1000, came.append, number)
-        loop.call_later(0.04, done.set)
+            loop.call_at(now + 0.02 + number / 1000, came.append, number)
+        loop.call_at(now + 0.04, done.set)
         for number in range(2000):
             async with asyncio.timeout(3600 + number):
                 await pause(0)

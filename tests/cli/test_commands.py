@@ -102,7 +102,7 @@ def test_services_and_status(corral: Corral, server: str) -> None:
     assert listed.out.startswith("SERVICE  DESCRIPTION\ncounter  Takes `by`")
     assert "\x1b" not in listed.out
     assert corral("services", "--json").json[0]["service_name"] == "counter"
-    assert corral("status").out.startswith(f"{server} is up\nSERVICE  HELD")
+    assert corral("status").out.startswith(f"{server} is up\nstore: sqlite, queue: memory\nSERVICE  INSTANCES")
     assert "hello" in corral("status", "--json").json["services"]
 
 

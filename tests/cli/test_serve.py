@@ -94,7 +94,7 @@ def test_a_stuck_step_does_not_keep_the_process(tmp_path: Path) -> None:
     with serving(tmp_path, *arguments) as (process, url):
         httpx.post(f"{url}/services/stubborn/run?detach=true", json={}).raise_for_status()
         process.send_signal(signal.SIGTERM)
-        code, errors = ended(process, timeout=20)
+        code, errors = ended(process, timeout=40)
     assert code == 70, errors
     assert "hold" in errors  # the stack of the stuck step
 

@@ -37,8 +37,10 @@ async def client(anyio_backend: str) -> AsyncIterator[Client]:
 
 
 async def use(client: Client, door: Door) -> None:
-    await client.http._client.aclose()
-    client.http._client = httpx.AsyncClient(base_url=client.url, transport=httpx.MockTransport(door.handle))
+    await client.http._clients[client.url].aclose()
+    client.http._clients[client.url] = httpx.AsyncClient(
+        base_url=client.url, transport=httpx.MockTransport(door.handle)
+    )
 
 
 @pytest.mark.promise("P9")

@@ -106,7 +106,7 @@ def test_ctrl_c_cancels_the_task(url: str) -> None:
     with SyncClient(url) as client:
         session = client.sessions.get_or_create("interrupted")
         ended = subprocess.run(
-            [sys.executable, "-c", INTERRUPTED, url], capture_output=True, text=True, timeout=20, check=False
+            [sys.executable, "-c", INTERRUPTED, url], capture_output=True, text=True, timeout=50, check=False
         )
         assert (ended.returncode, ended.stdout, ended.stderr) == (0, "interrupted\n", "")
         (info,) = session.tasks()

@@ -17,6 +17,7 @@ from llama_corral.protocol.messages import ErrorRecord, QueueMessage, ServiceDef
 from llama_corral.protocol.records import Claim, EventRecord, Report, ReportAnswer, ServiceInfo, Terminal, Ticket
 from llama_corral.queues.memory import MemoryMessageQueue
 from llama_corral.stores import SqlStore
+from llama_corral.testing import FaultyMessageQueue
 
 
 class FakeReservation:
@@ -168,6 +169,42 @@ class Corral:
             (delivery,) = await consumer.receive()
             await delivery.ack()
             return delivery.message
+
+
+class Planes:
+    """Two control planes on one store and one queue. `links` are their ways to the queue, for tests to break."""
+
+    def __init__(self, a: Corral, b: Corral, links: tuple[FaultyMessageQueue, FaultyMessageQueue]) -> None:
+        self.a = a
+        self.b = b
+        self.links = links
+
+    async def restart_broker(self, queue: MemoryMessageQueue) -> None:
+        """All connections break, and `queue`, which is empty, is where the other one was."""
+        for corral, link in zip((self.a, self.b), self.links, strict=True):
+            corral.queue = queue
+            await link.disconnect()
+            link.inner = queue
+            link.reconnect()
+
+
+@asynccontextmanager
+async def open_planes(
+    *, time_limit: float = 20, backstop_interval: float = 60, **settings: Any
+) -> AsyncIterator[Planes]:
+    """The backstop comes too late for any test that does not ask for it."""
+    config = ControlPlaneConfig(
+        **{"topic_namespace": "test", "backstop_interval": backstop_interval, "heartbeat_interval": 0.05, **settings}
+    )
+    with anyio.fail_after(time_limit):
+        async with SqlStore("sqlite://") as store, MemoryMessageQueue() as queue:
+            links = FaultyMessageQueue(queue), FaultyMessageQueue(queue)
+            async with (
+                ControlPlane(store, links[0], config=config) as a,
+                ControlPlane(store, links[1], config=config) as b,
+            ):
+                await anyio.wait_all_tasks_blocked()
+                yield Planes(Corral(store, queue, a), Corral(store, queue, b), links)
 
 
 @asynccontextmanager

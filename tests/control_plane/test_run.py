@@ -123,7 +123,7 @@ async def test_a_client_that_leaves_takes_its_task_with_it() -> None:
         service = await web.service(slots=1)
         async with web.wakeups(service) as heard, posted(web.client):
             claim = await service.wait_claim()
-            async with httpx.AsyncClient(base_url=web.client.base_url, timeout=0.1) as other:
+            async with httpx.AsyncClient(base_url=web.client.base_url, timeout=0.5) as other:
                 await service.complete(claim)
                 service.free = 1
                 with pytest.raises(httpx.ReadTimeout):

@@ -87,7 +87,7 @@ async def test_a_worker_that_died_with_its_control_plane_is_judged_by_its_lease(
         worker = await corral.service(register=False)
         worker.instance_id = "far"
         claim = await corral.elsewhere("svc", worker)
-    async with open_corral(url, lease=0.1) as corral:
+    async with open_corral(url, lease=0.6) as corral:
         assert (await corral.plane.get_task(claim.task_id)).owner == "far"
         assert (await corral.message("svc")).data["task_id"] == claim.task_id
 
@@ -161,7 +161,7 @@ async def test_workers_do_not_lose_their_tasks_to_a_full_disk() -> None:
 
 @pytest.mark.promise("P2")
 async def test_a_silent_instance_is_reaped_and_one_that_beats_is_not() -> None:
-    async with open_corral(lease=0.2) as corral:
+    async with open_corral(lease=0.6) as corral:
         local = await corral.service(slots=1)
         kept = await corral.plane.submit("svc", {})
         silent, beating = await corral.service(register=False), await corral.service(register=False)
@@ -215,7 +215,7 @@ async def test_a_task_that_loses_its_worker_too_often_fails_and_its_reader_hears
 async def test_a_deadline_ends_what_nobody_holds_in_time(corral: Corral) -> None:
     await corral.service()
     session = (await corral.plane.sessions.create()).session_id
-    first = await corral.plane.submit("svc", {}, session_id=session, timeout=0.05)
+    first = await corral.plane.submit("svc", {}, session_id=session, timeout=0.5)
     second = await corral.plane.submit("svc", {}, session_id=session)
     assert second.status is TaskStatus.HELD
     record = await corral.plane.wait_result(first.task_id, 5)
@@ -276,7 +276,7 @@ async def count_looks(corral: Corral, monkeypatch: pytest.MonkeyPatch, number: i
 
 
 async def test_the_backstop_does_not_repeat_what_still_waits_in_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with open_corral(backstop_interval=0.01) as corral:
+    async with open_corral(backstop_interval=0.2) as corral:
         await corral.service()
         await corral.plane.submit("svc", {})
         await count_looks(corral, monkeypatch, 3)
@@ -292,7 +292,7 @@ class UncountedQueue(MemoryMessageQueue):
 
 @pytest.mark.promise("P12")
 async def test_the_backstop_does_not_fill_a_queue_that_cannot_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with open_corral(backstop_interval=0.01, queue=UncountedQueue()) as corral:
+    async with open_corral(backstop_interval=0.2, queue=UncountedQueue()) as corral:
         service = await corral.service(slots=2)  # its capacity
         for _ in range(2):
             await corral.plane.submit("svc", {})

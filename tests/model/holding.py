@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections import defaultdict
 from typing import Any
 
@@ -17,9 +16,8 @@ CHILDREN = ("task_events", "task_inbox", "checkpoints")
 
 
 def rows(store: SqlStore, sql: str) -> list[tuple[Any, ...]]:
-    """What a statement finds, past the store's own queries. For a store in memory."""
-    connection: sqlite3.Connection = store._writer._connection._connection  # type: ignore[union-attr]
-    return connection.execute(sql).fetchall()
+    """What a statement finds, past the store's own queries, while its writer has nothing to do."""
+    return store._writer._connection.tx.all(sql, {})  # type: ignore[union-attr]
 
 
 async def check_everything(world: World) -> None:

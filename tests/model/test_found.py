@@ -48,7 +48,7 @@ async def test_an_owner_that_was_removed_is_still_judged(store):
     assert await store.claim(ClaimRequest("t", "i", "n", 2.0)) is not None
     assert await store.list_instances() == []
     assert await store.list_strangers() == ["i"]
-    (ticket,) = await store.reap(["i"], 3.0)
+    (ticket,) = (await store.reap(["i"], 3.0)).tickets
     assert ticket.task_id == "t"
     assert await store.list_strangers() == []
 

@@ -135,7 +135,7 @@ async def at_work(rig: Rig, probe: Probe, **options: Any) -> tuple[Any, FaultyCo
 
 async def give_up(rig: Rig, service: Any) -> None:
     """The instance counts as dead."""
-    rig.plane._effects.tickets(await rig.store.reap([service.instance_id], 1.0))
+    rig.plane._effects.lost(await rig.store.reap([service.instance_id], 1.0))
 
 
 async def test_a_late_report_of_an_old_epoch_changes_nothing(rig):

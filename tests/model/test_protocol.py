@@ -31,6 +31,7 @@ from llama_corral.protocol.records import NewTask, Report
 from llama_corral.protocol.sealing import Sealer
 from llama_corral.stores import SqlStore
 
+from ..stores.postgres import open_place
 from .ground import SESSIONS, pick_from
 from .holding import check_everything
 from .settling import clear, settle
@@ -57,10 +58,10 @@ session_ids = st.sampled_from(list(SESSIONS))
 class Protocol(RuleBasedStateMachine):
     """Rules draw, the world acts. One event loop serves all examples of a test."""
 
-    def __init__(self, portal: BlockingPortal, sealer: Sealer | None = None) -> None:
+    def __init__(self, portal: BlockingPortal, sealer: Sealer | None = None, url: str = "sqlite://") -> None:
         super().__init__()
         self.portal = portal
-        store = SqlStore("sqlite://", sealer=sealer)
+        store = SqlStore(url, sealer=sealer)
         self._opened: AbstractContextManager[SqlStore] = portal.wrap_async_context_manager(store)
         self.world = World(self._opened.__enter__())
 
@@ -340,3 +341,16 @@ def test_sealed_state_is_never_refused_for_what_happened_to_it(portal: BlockingP
     """Contexts grow versions, snapshots are replaced, replayed under another id, and left by dead epochs: each fits."""
     sealer = Sealer(["secret"])
     run_state_machine_as_test(lambda: Protocol(portal, sealer), settings=settings(DEPTH, max_examples=EXAMPLES // 3))
+
+
+@pytest.mark.promise("P1", "P2", "P3", "P4", "P5")
+@pytest.mark.timeout(60 + 2 * EXAMPLES)
+def test_the_promises_hold_on_postgresql(portal: BlockingPortal) -> None:
+    with open_place() as place:
+
+        def protocol() -> Protocol:
+            place.empty()
+            return Protocol(portal, Sealer(["secret"]), place.url)
+
+        short = settings(DEPTH, max_examples=max(4, EXAMPLES // 25), stateful_step_count=40)
+        run_state_machine_as_test(protocol, settings=short)

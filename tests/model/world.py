@@ -107,7 +107,7 @@ class World(Ground):
         lost = [life for instance_id in ids for life in self.promised.owned_by(instance_id)]
         self.promised.lose(lost)
         self.registered -= set(ids)
-        self.publish(await self.store.reap(ids, self.now))
+        self.publish((await self.store.reap(ids, self.now)).tickets)
 
     async def missed_when_silent(self) -> set[str]:
         """The instances that a reaper judges by their heartbeats."""
@@ -143,7 +143,7 @@ class World(Ground):
         owned = {(life.task.task_id, life.epoch): life for life in self.promised.owned_by(instance_id)}
         named = [(stray.task_id, stray.epoch) for stray in strays]
         self.promised.lose([owned[stray] for stray in named if stray in owned])
-        self.publish(await self.store.reclaim(instance_id, strays, self.now))
+        self.publish((await self.store.reclaim(instance_id, strays, self.now)).tickets)
 
     def owns(self, run: Run) -> bool:
         life = run.life

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import anyio
 
-from llama_corral.client import Client, Task, TaskEvent
+from llama_corral.client import Client, Task, TaskEvent, TaskInfo
 from llama_corral.protocol.messages import TaskResult
 from llama_corral.testing import Stack, open_stack
 
@@ -112,6 +112,19 @@ async def check_endings(tasks: Sequence[Task]) -> dict[str, TaskResult]:
 
     records = await each(check, tasks)
     return {record.task_id: record for record in records}
+
+
+async def read_events(task: Task) -> list[TaskEvent]:
+    """Its whole log, when it has ended."""
+    return [event async for event in task.events()]
+
+
+async def all_tasks(client: Client) -> list[TaskInfo]:
+    """Newest first, over all pages."""
+    found: list[TaskInfo] = []
+    while page := await client.tasks(before=found[-1].task_id if found else None, limit=100):
+        found += page
+    return found
 
 
 async def count_open(client: Client) -> int:

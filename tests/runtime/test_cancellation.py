@@ -101,7 +101,7 @@ async def test_cancelling_the_scope_around(flavour, way):
 async def test_a_deadline_around(flavour):
     workflow = Sleeper()
     with pytest.raises(TimeoutError):
-        with anyio.fail_after(0.02):
+        with anyio.fail_after(0.5):
             await run_workflow(workflow, flavour=flavour)
     assert workflow.cleaned == 1
 
@@ -276,7 +276,7 @@ async def test_asyncios_own_cancellation_of_the_caller(configuration, how):
 
     if how == "timeout":
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(work(), 0.02)
+            await asyncio.wait_for(work(), 0.5)
     else:
         task = asyncio.create_task(work())
         await workflow.started.wait()

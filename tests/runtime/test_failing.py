@@ -88,7 +88,7 @@ class Slow(Workflow):
 
 
 async def test_a_timeout_ends_the_steps(flavour):
-    workflow = Slow(timeout=0.02)
+    workflow = Slow(timeout=0.5)
     with pytest.raises(WorkflowTimeoutError, match="slow"):
         await run_workflow(workflow, flavour=flavour)
     assert workflow.cleaned
@@ -110,7 +110,7 @@ class Blocked(Workflow):
 
 
 async def test_a_blocked_sync_step_does_not_hold_up_the_timeout(flavour):
-    workflow = Blocked(timeout=0.02)
+    workflow = Blocked(timeout=0.5)
     with pytest.raises(WorkflowTimeoutError):
         await run_workflow(workflow, flavour=flavour)
     workflow.go_on.set()  # what it does now is nobody's business any more

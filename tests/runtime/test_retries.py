@@ -198,7 +198,7 @@ async def test_stop_conditions_end_the_retries(flavour, stop):
 
 async def test_a_policy_that_never_stops_is_ended_by_the_workflows_timeout(flavour):
     policy = rp.retry_policy(wait=rp.wait_fixed(0.005), stop=rp.stop_never())
-    workflow = flaky(policy, [LOST] * 10_000)(timeout=0.1)
+    workflow = flaky(policy, [LOST] * 10_000)(timeout=0.5)
     with pytest.raises(WorkflowTimeoutError):
         await run_workflow(workflow, flavour=flavour)
     assert workflow.calls > 2

@@ -148,7 +148,7 @@ class Hangs(Workflow):
 
 class TimesOut(Hangs):
     def __init__(self):
-        super().__init__(timeout=0.01)
+        super().__init__(timeout=0.2)
 
 
 async def settle(run_events, result, answer):

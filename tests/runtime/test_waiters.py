@@ -69,7 +69,7 @@ class Ask(Workflow):
 
 class AskBriefly(Ask):
     def __init__(self):
-        super().__init__(timeout=0.02)
+        super().__init__(timeout=0.3)
 
 
 class AskTwice(Workflow):

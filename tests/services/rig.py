@@ -32,13 +32,15 @@ PATIENCE = 8.0
 
 
 async def until(condition: Callable[[], Any]) -> None:
-    """For conditions whose change nobody announces: look whenever nothing else can run."""
+    """For conditions whose change nobody announces: look whenever nothing else can run, and every now and then where on
+    a slow machine something always can."""
     with anyio.fail_after(PATIENCE):
         while True:
             found = condition()
             if await found if inspect.isawaitable(found) else found:
                 return
-            await anyio.wait_all_tasks_blocked()
+            with anyio.move_on_after(0.1):
+                await anyio.wait_all_tasks_blocked()
 
 
 class Gate:
@@ -227,7 +229,7 @@ class Recorder:
 
 async def take_away(rig: Rig, service: WorkflowService) -> None:
     """What the reaper does with a service's tasks when its process is dead; here it is there to take them again."""
-    rig.plane._effects.tickets(await rig.store.reap([service.instance_id], time.time()))
+    rig.plane._effects.lost(await rig.store.reap([service.instance_id], time.time()))
 
 
 def response(text: str = "yes", **fields: Any) -> str:

@@ -111,7 +111,7 @@ async def test_a_step_that_cleans_up_slowly_and_streams(rig):
 async def test_the_tasks_own_deadline(rig):
     probe = Probe()
     await rig.serve(Probed(probe))
-    task_id = (await rig.plane.submit("svc", {"name": 1}, timeout=0.05)).task_id
+    task_id = (await rig.plane.submit("svc", {"name": 1}, timeout=0.5)).task_id
     record = await rig.result(task_id)
     assert (record.status, record.error.type) == ("timed_out", "TimeoutError")
     assert probe.cleaned == [1]
@@ -125,7 +125,7 @@ async def test_the_deadline_of_a_waiting_task(rig):
 
 async def test_the_workflows_own_timeout(rig):
     probe = Probe()
-    await rig.serve(Probed(probe, timeout=0.05))
+    await rig.serve(Probed(probe, timeout=0.5))
     record = await rig.run(name=1)
     assert (record.status, record.error.type) == ("timed_out", "WorkflowTimeoutError")
     assert "WorkflowTimedOutEvent" in [event.type for event in await rig.events(record.task_id)]

@@ -170,7 +170,7 @@ async def test_a_timeout_of_the_workflow_is_no_failure(rig):
             return StopEvent()
 
     entered = []
-    await rig.serve(Late(timeout=0.02))
+    await rig.serve(Late(timeout=0.5))
     record = await run(rig, RetryPolicy(**AT_ONCE))
     assert (record.status, record.error.type) == ("timed_out", "WorkflowTimeoutError")
     assert entered == [1]

@@ -112,7 +112,7 @@ async def test_a_task_is_cancelled_without_its_step(rig, caplog):
 async def test_a_task_times_out_without_its_step(rig):
     probe = Probe()
     service = await rig.serve(Ignores(probe))
-    task_id = (await rig.plane.submit("svc", {}, timeout=0.05)).task_id
+    task_id = (await rig.plane.submit("svc", {}, timeout=0.5)).task_id
     record = await rig.result(task_id)
     assert (record.status, record.error.type) == ("timed_out", "TimeoutError")
     await let_end(service, probe)
@@ -122,7 +122,7 @@ async def test_a_task_times_out_without_its_step(rig):
 @pytest.mark.anyio
 async def test_a_workflow_times_out_without_its_step(rig):
     probe = Probe()
-    service = await rig.serve(Ignores(probe, timeout=0.05))
+    service = await rig.serve(Ignores(probe, timeout=0.5))
     record = await rig.run()
     assert (record.status, record.error.type) == ("timed_out", "WorkflowTimeoutError")
     await let_end(service, probe)
@@ -360,7 +360,7 @@ async def test_a_clean_up_that_fails_does_not_fail_a_task_that_is_handed_back(ri
 async def test_a_clean_up_that_fails_after_the_deadline(rig):
     probe = Probe()
     await rig.serve(Raises(probe))
-    task_id = (await rig.plane.submit("svc", {}, timeout=0.05)).task_id
+    task_id = (await rig.plane.submit("svc", {}, timeout=0.5)).task_id
     record = await rig.result(task_id)
     assert (record.status, record.error.type) == ("timed_out", "TimeoutError")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from llama_corral.protocol.records import (
     Terminal,
 )
 from llama_corral.stores import SqlStore
+
+from .postgres import Place, open_place
 
 
 class Driver:
@@ -92,8 +94,30 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'corral.db'}"
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(scope="session")
+def _place() -> Iterator[Place]:
+    with open_place() as place:
+        yield place
+
+
+@pytest.fixture
+def place(_place: Place) -> Place:
+    """A schema of a PostgreSQL database, with empty tables or none."""
+    _place.empty()
+    return _place
+
+
+@pytest.fixture
+def new_place() -> Iterator[Place]:
+    """A schema that nobody has used."""
+    with open_place() as place:
+        yield place
+
+
+@pytest.fixture(params=["memory", "file", "postgres"])
 async def store(request: pytest.FixtureRequest, url: str) -> AsyncIterator[SqlStore]:
+    if request.param == "postgres":
+        url = request.getfixturevalue("place").url
     async with SqlStore("sqlite://" if request.param == "memory" else url) as opened:
         yield opened
 

@@ -71,7 +71,7 @@ async def test_what_a_file_of_version_1_holds_goes_on(version_1: Path, driver_of
         assert (await store.get_task("ended")).retry_of is None
         assert await store.next_due(0.0) == 9.0
         assert [answer.task_id for answer in await store.expire(9.0)] == ["due"]
-        assert await store.reap(["i"], 9.0) == [Ticket("running", "svc")]
+        assert (await store.reap(["i"], 9.0)).tickets == (Ticket("running", "svc"),)
         claim = await driver.claim("running", by="j")
         assert claim.checkpoint == Checkpoint("snap", 0, "f", event_count=0)
         assert (claim.context.version, claim.retry, claim.state_error) == (2, None, None)

@@ -6,7 +6,7 @@ import pytest
 
 from llama_corral.exceptions import Conflict, NotFound
 from llama_corral.protocol.lifecycle import TaskStatus
-from llama_corral.protocol.records import Checkpoint, HeldTask, Ticket
+from llama_corral.protocol.records import Checkpoint, HeldTask, Reaped, Ticket
 from llama_corral.stores.rows import INBOX_PAGE
 
 S = TaskStatus
@@ -100,12 +100,12 @@ async def test_a_requested_cancel_is_not_forgotten_with_the_owner(driver, way) -
     await driver.report("t", 1, events=2, checkpoint=Checkpoint("s", 0))
     await driver.store.request_cancel("t", 5.0)
     if way == "reap":
-        tickets = await driver.store.reap(["i"], 6.0)
+        tickets = (await driver.store.reap(["i"], 6.0)).tickets
     else:
         answer = await driver.store.release("t", 1, Checkpoint("s", 0), 6.0, idle=way == "idle")
         assert answer.status == "ok"
-        tickets = list(answer.tickets)
-    assert tickets == [Ticket("next", "svc")]
+        tickets = answer.tickets
+    assert tickets == (Ticket("next", "svc"),)
     record = await driver.store.get_task("t")
     assert (record.status, record.owner, record.finished_at, record.event_count) == (S.CANCELLED, None, 6.0, 2)
     assert record.error.type == "cancelled"
@@ -167,10 +167,10 @@ async def test_reaping_queues_what_the_dead_held_and_nothing_else(driver) -> Non
     await driver.accept("b", by="alive")
     await driver.accept("c", by="dead")
     await driver.report("c", 1, waiting=True)
-    assert await driver.store.reap(["dead", "unknown"], 5.0) == [Ticket("a", "svc"), Ticket("c", "svc")]
+    assert await driver.store.reap(["dead", "unknown"], 5.0) == Reaped((Ticket("a", "svc"), Ticket("c", "svc")))
     assert [await driver.status(t) for t in "abc"] == [S.QUEUED, S.RUNNING, S.QUEUED]
     assert [instance.instance_id for instance in await driver.store.list_instances()] == ["alive"]
-    assert await driver.store.reap(["dead", "unknown"], 5.0) == []
+    assert await driver.store.reap(["dead", "unknown"], 5.0) == Reaped()
     assert (await driver.claim("a", by="alive")).attempt == 2
 
 
@@ -179,9 +179,11 @@ async def test_a_task_that_loses_every_worker_fails(driver) -> None:
     await driver.session()
     await driver.accept("t", "s", by="i0", max_attempts=2)
     await driver.accept("next", "s")
-    assert await driver.store.reap(["i0"], 5.0) == [Ticket("t", "svc")]
+    assert await driver.store.reap(["i0"], 5.0) == Reaped((Ticket("t", "svc"),))
     await driver.claim("t", by="i1")
-    assert await driver.store.reap(["i1"], 6.0) == [Ticket("next", "svc")]
+    reaped = await driver.store.reap(["i1"], 6.0)
+    assert reaped.tickets == (Ticket("next", "svc"),)
+    assert [(each.task_id, each.status) for each in reaped.ended] == [("t", TaskStatus.FAILED)]
     record = await driver.store.get_task("t")
     assert (record.status, record.error.type, record.error.retryable) == (S.FAILED, "worker_lost", True)
     assert (record.attempts, record.finished_at) == (2, 6.0)

@@ -29,7 +29,7 @@ async def children(store, task_id: str) -> tuple[int, int]:
     def count(tx) -> tuple[int, ...]:
         (no,) = tx.one(tx.sql.task_number, {"task_id": task_id})
         return tuple(
-            tx.one(f"SELECT count(*) FROM corral_{name} WHERE task_no = :no", {"no": no})[0]
+            tx.one(f"SELECT count(*) FROM corral_{name} WHERE task_no = {no}", {})[0]
             for name in ("checkpoints", "task_inbox")
         )
 

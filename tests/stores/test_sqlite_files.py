@@ -36,7 +36,11 @@ async def refusal(url: str) -> StoreError:
     "url",
     [
         "corral.db",
-        "postgresql://user:secret@host/db",
+        "postgresql://user:half@secret@host/db",
+        "postgres://user:half/secret@host/db",
+        "postgresql://user:secret@host/db?no_such_option=secret",
+        "postgresql://user@host:secret/db",
+        "mysql://user:secret@host/db",
         "nonsense://user:secret@host",
         "sqlite://user:secret@host/db",
         "sqlite:///file.db?mode=ro&key=secret",
@@ -98,7 +102,7 @@ async def test_an_older_schema_is_led_forward(url: str, monkeypatch) -> None:
         await store.accept(NewTask("t", "svc", "{}", 1.0))
     monkeypatch.setattr(tables, "SCHEMA_VERSION", NOW + 2)
     steps = {NOW: ("CREATE TABLE corral_new (x TEXT)",), NOW + 1: ("INSERT INTO corral_new VALUES ('moved')",)}
-    monkeypatch.setattr(schema, "MIGRATIONS", steps)
+    monkeypatch.setattr(schema, "MIGRATIONS", {"sqlite": steps})
     for _ in range(2):
         async with SqlStore(url) as store:
             assert await store._read(lambda tx: tx.all("SELECT x FROM corral_new", {})) == [("moved",)]
@@ -112,7 +116,7 @@ async def test_a_migration_that_fails_changes_nothing(url: str, monkeypatch) -> 
     with monkeypatch.context() as newer:
         newer.setattr(tables, "SCHEMA_VERSION", NOW + 1)
         assert "no migration" in str(await refusal(url))
-        newer.setattr(schema, "MIGRATIONS", {NOW: ("CREATE TABLE corral_new (x TEXT)", "not SQL")})
+        newer.setattr(schema, "MIGRATIONS", {"sqlite": {NOW: ("CREATE TABLE corral_new (x TEXT)", "not SQL")}})
         assert await refusal(url)
     async with SqlStore(url) as store:
         assert await store._read(lambda tx: tx.all("SELECT 1 FROM sqlite_master WHERE name = 'corral_new'", {})) == []
@@ -222,4 +226,4 @@ async def test_a_killed_process_loses_nothing_that_it_was_told(tmp_path: Path, u
             assert ended or (what == "accepted" and page.record.status is TaskStatus.RUNNING)
             assert [event.index for event in page.events] == ([0, 1, 2] if ended else [])
         assert await store._read(lambda tx: tx.one("PRAGMA integrity_check", {})) == ("ok",)
-        assert len(await store.reap(["i"], 3.0)) <= 8
+        assert len((await store.reap(["i"], 3.0)).tickets) <= 8

@@ -12,6 +12,7 @@ from llama_corral.protocol.records import (
     HeartbeatAnswer,
     HeldTask,
     InstanceRecord,
+    Reaped,
     ServiceRecord,
     Terminal,
     Ticket,
@@ -88,8 +89,9 @@ async def test_only_a_stray_of_that_epoch_and_owner_is_taken_away(driver) -> Non
     await store.request_cancel("cancelled", 3.0)
     names = ("lost", "moved", "newer", "ended", "unknown", "spent", "cancelled")
     strays = [HeldTask(task_id, 1) for task_id in names]
-    assert await store.reclaim("i", strays, 4.0) == [Ticket("lost", "svc"), Ticket("next", "svc")]
-    assert await store.reclaim("i", strays, 4.0) == []
+    reaped = await store.reclaim("i", strays, 4.0)
+    assert reaped.tickets == (Ticket("lost", "svc"), Ticket("next", "svc"))
+    assert await store.reclaim("i", strays, 4.0) == Reaped()
     statuses = [await driver.status(t) for t in ("lost", "moved", "newer", "ended", "spent", "cancelled")]
     assert statuses == [S.QUEUED, S.RUNNING, S.RUNNING, S.COMPLETED, S.FAILED, S.CANCELLED]
     assert (await store.get_task("lost")).attempts == 1

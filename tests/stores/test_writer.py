@@ -335,7 +335,7 @@ async def test_a_crash_of_the_writer_ends_the_block_and_leaves_nobody_waiting(ur
 
     async def work() -> None:
         async with SqlStore(url) as store:
-            monkeypatch.setattr("llama_corral.stores.writer.Writer._commit", crash)
+            monkeypatch.setattr("llama_corral.stores.commits.Commits.commit", crash)
             with anyio.CancelScope(shield=True):
                 results.update(await gather(accepting(store, *"abc")))
             await anyio.sleep_forever()
@@ -413,7 +413,7 @@ async def limit_pages(store: SqlStore, pages: int) -> None:
 async def test_a_transaction_that_can_not_be_made_fails_all_of_its_units(
     file_store: SqlStore, monkeypatch, method: str
 ) -> None:
-    def fail(self) -> None:
+    def fail(self, *names: Any) -> None:
         raise sqlite3.OperationalError("disk I/O error")
 
     def breaks(tx: Any) -> None:
@@ -430,7 +430,7 @@ async def test_a_transaction_that_can_not_be_made_fails_all_of_its_units(
         async def fail_from_now_on() -> None:
             await anyio.wait_all_tasks_blocked()
             # Commits of the gate come first: it is the only unit of its transaction.
-            monkeypatch.setattr("llama_corral.stores.writer.Writer._commit", failing(method, fail))
+            monkeypatch.setattr("llama_corral.stores.commits.Commits.commit", failing(method, fail))
             gate.open()
 
         task_group.start_soon(fail_from_now_on)
@@ -442,12 +442,12 @@ async def test_a_transaction_that_can_not_be_made_fails_all_of_its_units(
 
 
 def failing(method: str, fail: Any) -> Any:
+    from llama_corral.stores.commits import Commits
     from llama_corral.stores.sqlite import SqliteConnection
-    from llama_corral.stores.writer import Writer
 
-    commit = Writer._commit
+    commit = Commits.commit
 
-    def patched(self: Writer, batch: Any) -> None:
+    def patched(self: Commits, batch: Any) -> None:
         original = getattr(SqliteConnection, method)
         setattr(SqliteConnection, method, fail)
         try:

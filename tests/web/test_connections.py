@@ -45,7 +45,7 @@ async def test_http_1_0_closes(make_app, running, hot):
 
 
 async def test_an_idle_connection_is_closed(make_app, running, hot):
-    app = make_ok(make_app, hot, keep_alive_timeout=0.1)
+    app = make_ok(make_app, hot, keep_alive_timeout=0.4)
     async with running(app) as server, server.connect() as client:
         assert (await client.ask("GET", "/ok")).status == 200
         assert (await client.ask("GET", "/ok")).status == 200
@@ -105,10 +105,10 @@ async def test_the_answer_to_a_head_request_ends(make_app, running, path):
 
 
 async def test_a_busy_connection_is_not_idle(make_app, running, hot):
-    app = make_app(keep_alive_timeout=0.05)
+    app = make_app(keep_alive_timeout=0.2)
 
     async def slow() -> str:
-        await trio.sleep(0.2)
+        await trio.sleep(0.5)
         return "ok"
 
     app.add("GET", "/slow", slow, hot=hot)

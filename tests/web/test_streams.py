@@ -94,12 +94,12 @@ async def test_lines_arrive_as_they_are_written(make_app, running, hot):
 
 async def test_a_stream_outlives_every_timeout(make_app, running, hot):
     log = Log()
-    app = stream_app(make_app, log, hot, heartbeat=0.02, keep_alive_timeout=0.05, body_timeout=0.05)
-    app.quart.config["RESPONSE_TIMEOUT"] = 0.05
+    app = stream_app(make_app, log, hot, heartbeat=0.05, keep_alive_timeout=0.2, body_timeout=0.2)
+    app.quart.config["RESPONSE_TIMEOUT"] = 0.2
     async with running(app) as server, server.connect() as client:
         await client.request("GET", "/events")
         await client.head()
-        for _ in range(10):  # 10 heartbeats are 0.2 s of silence
+        for _ in range(10):  # 10 heartbeats are 0.5 s of silence
             assert await client.chunk() == b": keep-alive\n\n"
         log.append(1)
         log.close()

@@ -57,6 +57,21 @@ def read_state_secret() -> tuple[SecretStr, ...]:
     return secrets
 
 
+def read_queue_credentials() -> Any:
+    """`QueueSettings` from the environment. Raises SetupError."""
+    from ..settings import QueueSettings
+
+    return make_settings(QueueSettings)
+
+
+def read_store_password() -> SecretStr | None:
+    """The password of the store from the environment. Raises SetupError."""
+    from ..settings import StoreSettings
+
+    password: SecretStr | None = make_settings(StoreSettings).store_password
+    return password
+
+
 def set_up_logging(log_format: Literal["text", "json"], log_level: str) -> None:
     """Log lines on stderr."""
     from ..web import configure_logging

@@ -25,7 +25,7 @@ COMMANDS: Final = {
     "sessions": ("listings", "List the sessions."),
     "tasks": ("listings", "List tasks, newest first."),
     "dead-letters": ("listings", "List messages that nobody could handle, newest first."),
-    "status": ("listings", "How much waits and runs."),
+    "status": ("listings", "Which control planes are up, how much waits and runs."),
     "events": ("tasks", "Show the events of a task as they come."),
     "send": ("tasks", "Send an event to a task."),
     "cancel": ("tasks", "Cancel a task."),

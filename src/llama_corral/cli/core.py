@@ -9,7 +9,14 @@ import typer
 
 from . import options as opt
 from ._program import STUCK_AFTER, Announcement, run_program
-from ._settings import make_control_plane_config, make_server_settings, read_state_secret, set_up_logging
+from ._settings import (
+    make_control_plane_config,
+    make_server_settings,
+    read_queue_credentials,
+    read_state_secret,
+    read_store_password,
+    set_up_logging,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -21,6 +28,7 @@ def core(
     host: opt.Host = "127.0.0.1",
     port: opt.Port = 8000,
     store: opt.StoreUrl = "sqlite:///corral.db",
+    queue: opt.QueueUrl = "memory://",
     retention: opt.Retention = None,
     max_queued_tasks: opt.MaxQueuedTasks = None,
     token: opt.OwnToken = None,
@@ -34,8 +42,11 @@ def core(
 ) -> None:
     """Run the control plane, its store and the message queue; `corral worker` runs the workflows.
 
-    Prints `corral ready at URL` when it accepts. Ctrl-C or SIGTERM ends it: workers go on with what they have and report
-    when it is back.
+    With a database and a broker that others reach too (--store, --queue) any number of them may run side by side; they
+    need the same CORRAL_STATE_SECRET. With a queue in memory there must be only one.
+
+    Prints `corral ready at URL` when it accepts; until database and broker are there, it tries again. Ctrl-C or SIGTERM
+    ends it: workers go on with what they have, and report to another one or when it is back.
     """
 
     def prepare() -> Any:
@@ -53,7 +64,15 @@ def core(
             retention=retention, max_queued_tasks=max_queued_tasks, heartbeat=heartbeat, lease=lease
         )
         set_up_logging(log_format, log_level)
-        return DeployOptions(store_url=store, settings=settings, control_plane=config, state_secret=read_state_secret())
+        return DeployOptions(
+            store_url=store,
+            queue_url=queue,
+            store_password=read_store_password(),
+            queue_credentials=read_queue_credentials(),
+            settings=settings,
+            control_plane=config,
+            state_secret=read_state_secret(),
+        )
 
     sys.exit(run_program(prepare, _core, drain_timeout=drain_timeout, stuck_after=stuck_after))
 

@@ -6,13 +6,23 @@ from typing import Annotated, Any
 
 import typer
 
+from ..exceptions import Unavailable
+from ..http_urls import check_urls
 from .options import DEFAULT_URL, Json, Token, Url
-from .output import moment, print_json, print_table, print_text
+from .output import EXIT_FAILURE, complain, duration, moment, print_json, print_table, print_text
 from .plain_http import Server
 
 Limit = Annotated[int, typer.Option("--limit", min=1, max=1000, help="How many at most.")]
 
-_COUNTS = ("held", "queued", "running", "waiting", "instances", "capacity")
+_COUNTS = {
+    "instances": "INSTANCES",
+    "capacity": "CAPACITY",
+    "running": "WORKING",
+    "waiting": "WAITING",
+    "queued": "QUEUED",
+    "held": "HELD",
+}
+"""What an answer says of a service, and how its column is named."""
 
 
 def register(app: typer.Typer) -> None:
@@ -98,11 +108,37 @@ def dead_letters(
 
 
 def status(url: Url = DEFAULT_URL, token: Token = None, as_json: Json = False) -> None:
-    """How much waits and runs, by service."""
-    found = Server(url, token).get("/status")
+    """Which control planes are up, and how much waits and runs, by service.
+
+    Working are tasks in a step, waiting those that wait for an event or a timer; queued ones wait for a free slot, held ones
+    for their turn in a session. Oldest: for how long the first queued one could have started. Exit code 0 if a control
+    plane is up, else 1.
+    """
+    states: dict[str, str] = {}
+    found: dict[str, Any] = {}
+    errors: list[Unavailable] = []
+    for each in check_urls(url):
+        try:
+            answer = Server(each, token).get("/status")
+        except Unavailable as error:
+            states[each] = "away"
+            errors.append(error)
+        else:
+            states[each] = "draining" if answer["draining"] else "up"
+            # They all know the same, from one store.
+            found = answer if not found or found["draining"] else found
     if as_json:
-        print_json(found)
-        return
-    print_text(f"{url} is {'draining' if found['draining'] else 'up'}")
-    rows = [(name, *(counts.get(each, 0) for each in _COUNTS)) for name, counts in found["services"].items()]
-    print_table(("SERVICE", *map(str.upper, _COUNTS)), rows, empty="There are no services.")
+        print_json({"urls": states, "services": {}, **found})
+    elif found:
+        for each, state in states.items():
+            print_text(f"{each} is {state}")
+        print_text(f"store: {found.get('store') or 'unknown'}, queue: {found.get('queue') or 'unknown'}")
+        rows = [
+            (name, *(counts.get(key, 0) for key in _COUNTS), duration(counts.get("oldest_queued")))
+            for name, counts in found["services"].items()
+        ]
+        print_table(("SERVICE", *_COUNTS.values(), "OLDEST"), rows, empty="There are no services.")
+    for away in errors:
+        complain(str(away), away.hint, EXIT_FAILURE)
+    if "up" not in states.values():
+        raise typer.Exit(EXIT_FAILURE)

@@ -10,7 +10,15 @@ import typer
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
-Url = Annotated[str, typer.Option("--url", envvar="CORRAL_URL", help="Where the control plane listens.")]
+Url = Annotated[
+    str,
+    typer.Option(
+        "--url",
+        metavar="URL[,URL...]",
+        envvar="CORRAL_URL",
+        help="Where the control plane listens, or several of them.",
+    ),
+]
 Token = Annotated[
     str | None,
     typer.Option("--token", envvar="CORRAL_TOKEN", help="Its bearer token, if it wants one.", show_default=False),
@@ -55,7 +63,26 @@ Debug = Annotated[bool, typer.Option("--debug", help="Keep tracebacks in the rec
 
 Host = Annotated[str, typer.Option(help="Address to bind; 0.0.0.0 means everybody.")]
 Port = Annotated[int, typer.Option(help="Port to bind; 0 chooses a free one.", min=0, max=65535)]
-StoreUrl = Annotated[str, typer.Option("--store", help="SQLAlchemy URL of the store.")]
+StoreUrl = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        metavar="URL",
+        envvar="CORRAL_STORE_URL",
+        help="Where tasks are kept: sqlite:///FILE for one control plane, postgresql://USER@HOST/DATABASE for any number. "
+        "A password belongs into CORRAL_STORE_PASSWORD.",
+    ),
+]
+QueueUrl = Annotated[
+    str,
+    typer.Option(
+        "--queue",
+        metavar="URL",
+        envvar="CORRAL_QUEUE_URL",
+        help="The message queue: memory:// (for one control plane), redis://HOST, nats://HOST or amqp://HOST. User and "
+        "password belong into CORRAL_QUEUE_USER and CORRAL_QUEUE_PASSWORD.",
+    ),
+]
 OwnToken = Annotated[
     str | None,
     typer.Option("--token", help="Bearer token that clients and workers must send.", envvar="CORRAL_TOKEN"),
@@ -82,6 +109,29 @@ Lease = Annotated[
     float | None, typer.Option(help="Seconds without a heartbeat until a worker is lost.", min=0.01, hidden=True)
 ]
 AccessLog = Annotated[bool, typer.Option("--access-log", help="Log one line a request.")]
+
+# Programs with a control plane elsewhere
+
+ControlPlane = Annotated[
+    str,
+    typer.Option(
+        "--control-plane",
+        metavar="URL[,URL...]",
+        envvar="CORRAL_URL",
+        help="Of `corral core` or `corral serve`; of several on one store, the next one is asked when one fails.",
+    ),
+]
+WorkersQueueUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--queue",
+        metavar="URL",
+        envvar="CORRAL_QUEUE_URL",
+        help="The message queue, where the control plane's own URL of it does not work from here. User and password belong "
+        "into CORRAL_QUEUE_USER and CORRAL_QUEUE_PASSWORD.",
+        show_default="what the control plane says",
+    ),
+]
 
 # All long-lived programs
 

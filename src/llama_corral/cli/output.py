@@ -100,6 +100,16 @@ def moment(seconds: float | None) -> str | None:
     return None if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
+def duration(seconds: float | None) -> str | None:
+    """Seconds in the largest unit of which there are two."""
+    if seconds is None:
+        return None
+    for name, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
 def print_event(index: int, kind: str, data: Any) -> None:
     """An event for a person: one line, whatever is in it."""
     fields = printable(json.dumps(data, ensure_ascii=False)) if data else ""

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlencode
 
+from ..exceptions import TooManyTasks, Unavailable
 from ..http_answers import from_answer, no_answer, not_ours
-from ..http_urls import authorization, check_url, is_loopback
+from ..http_urls import authorization, check_urls, is_loopback
 
 TIMEOUT: Final = 30.0
 
@@ -26,7 +27,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A control plane. `BadInput` if the URL is none."""
+    """A control plane, or several: the next one is asked where one has not done what it was asked. `BadInput` if a URL is
+    none."""
 
     url: str
     token: str | None = None
@@ -43,7 +45,18 @@ class Server:
         return self._ask("POST", path, params, body)
 
     def _ask(self, method: str, path: str, params: Mapping[str, Any], body: Any = None) -> Any:
-        url = check_url(self.url)
+        *first, last = check_urls(self.url)
+        for url in first:
+            try:
+                return self._ask_one(url, method, path, params, body)
+            except TooManyTasks:
+                raise
+            except Unavailable as error:
+                if method != "GET" and error.fields.get("sent", True):
+                    raise
+        return self._ask_one(last, method, path, params, body)
+
+    def _ask_one(self, url: str, method: str, path: str, params: Mapping[str, Any], body: Any) -> Any:
         query = urlencode({name: value for name, value in params.items() if value is not None}, doseq=True)
         request = urllib.request.Request(
             f"{url}{path}{'?' if query else ''}{query}",

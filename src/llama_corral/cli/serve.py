@@ -9,7 +9,14 @@ import typer
 
 from . import options as opt
 from ._program import STUCK_AFTER, Announcement, run_program
-from ._settings import make_control_plane_config, make_server_settings, read_state_secret, set_up_logging
+from ._settings import (
+    make_control_plane_config,
+    make_server_settings,
+    read_queue_credentials,
+    read_state_secret,
+    read_store_password,
+    set_up_logging,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -22,6 +29,7 @@ def serve(
     host: opt.Host = "127.0.0.1",
     port: opt.Port = 8000,
     store: opt.StoreUrl = "sqlite:///corral.db",
+    queue: opt.QueueUrl = "memory://",
     max_concurrent_tasks: opt.MaxConcurrentTasks = 8,
     step_flavour: opt.StepFlavour = "asyncio",
     checkpoints: opt.Checkpoints = "auto",
@@ -41,7 +49,8 @@ def serve(
 ) -> None:
     """Serve workflows: control plane, queue, services and store in one process. Workers may join it.
 
-    Prints `corral ready at URL` when it accepts. Ctrl-C or SIGTERM drains; a second one ends at once.
+    Prints `corral ready at URL` when it accepts; until database and broker are there, it tries again. Ctrl-C or SIGTERM
+    drains; a second one ends at once.
     """
 
     def prepare() -> Any:
@@ -63,6 +72,9 @@ def serve(
         set_up_logging(log_format, log_level)
         chosen = DeployOptions(
             store_url=store,
+            queue_url=queue,
+            store_password=read_store_password(),
+            queue_credentials=read_queue_credentials(),
             settings=settings,
             control_plane=config,
             state_secret=read_state_secret(),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from pydantic import SecretStr
 
 from . import options as opt
 from ._program import STUCK_AFTER, Announcement, run_program
-from ._settings import set_up_logging
+from ._settings import read_queue_credentials, set_up_logging
 
 
 def register(app: typer.Typer) -> None:
@@ -20,9 +20,8 @@ def register(app: typer.Typer) -> None:
 
 def worker(
     targets: opt.Targets,
-    control_plane: Annotated[
-        str, typer.Option("--control-plane", envvar="CORRAL_URL", help="URL of `corral core` or `corral serve`.")
-    ] = opt.DEFAULT_URL,
+    control_plane: opt.ControlPlane = opt.DEFAULT_URL,
+    queue: opt.WorkersQueueUrl = None,
     max_concurrent_tasks: opt.MaxConcurrentTasks = 8,
     step_flavour: opt.StepFlavour = "asyncio",
     checkpoints: opt.Checkpoints = "auto",
@@ -37,8 +36,8 @@ def worker(
 ) -> None:
     """Run workflows for a control plane in another process. Any number of workers may serve the same ones.
 
-    Prints `corral worker ready: NAMES at URL` when it takes tasks; until the control plane answers, it tries again. Ctrl-C
-    or SIGTERM drains; a second one ends at once.
+    Prints `corral worker ready: NAMES at URL` when it takes tasks; until the control plane and its queue answer, it tries
+    again. Ctrl-C or SIGTERM drains; a second one ends at once.
     """
 
     def prepare() -> Any:
@@ -49,6 +48,8 @@ def worker(
         chosen = WorkerOptions(
             control_plane_url=control_plane,
             token=SecretStr(token) if token is not None else None,
+            queue_url=queue,
+            queue_credentials=read_queue_credentials(),
             max_concurrent_tasks=max_concurrent_tasks,
             step_flavour=step_flavour,
             checkpoints=checkpoints,

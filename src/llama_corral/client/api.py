@@ -28,7 +28,7 @@ CANCEL_GRACE: Final = 5.0
 
 
 class Client(anyio.AsyncContextManagerMixin):
-    """A client of one control plane. Use it as a block, which owns its connections:
+    """A client of a control plane. Use it as a block, which owns its connections:
 
         async with Client("http://127.0.0.1:8000", token=...) as client:
             print(await client.run("hello", name="Ada"))
@@ -39,10 +39,11 @@ class Client(anyio.AsyncContextManagerMixin):
                 print(event.type, event.data)
             print(await task.result())
 
-    Any number of tasks may use it at a time. Nothing polls: results are long polls, events are a stream.
+    Any number of tasks may use it at a time. Nothing polls: results are long polls, events are a stream. Of several control
+    planes on one store the first one that answers is asked, until it fails; then the next one, and streams go on there.
 
     Args:
-        url: Where the control plane listens.
+        url: Where the control plane listens; or several URLs, in a sequence or with commas in between.
         token: Its bearer token, if it wants one.
         timeout: Seconds for one answer to begin. Waiting for events and results has no limit of its own.
         retry_for: Seconds for which a request that may safely be repeated is repeated. A server that has never answered
@@ -61,7 +62,7 @@ class Client(anyio.AsyncContextManagerMixin):
 
     def __init__(
         self,
-        url: str = "http://127.0.0.1:8000",
+        url: str | Sequence[str] = "http://127.0.0.1:8000",
         *,
         token: str | SecretStr | None = None,
         timeout: float = 30.0,
@@ -70,13 +71,17 @@ class Client(anyio.AsyncContextManagerMixin):
         verify: ssl.SSLContext | bool = True,
     ) -> None:
         self.http = Http(url, token, timeout, retry_for, verify)
-        self.url = self.http.url
         self.services = Services(self.http)
         self.sessions = Sessions(self)
         self._reconnect_for = reconnect_for
 
     def __repr__(self) -> str:
         return f"<Client of {self.url}>"
+
+    @property
+    def url(self) -> str:
+        """The control plane that was asked last."""
+        return self.http.url
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self, None]:
@@ -272,7 +277,7 @@ class Client(anyio.AsyncContextManagerMixin):
         return [parse_info(self.http, each) for each in answer["tasks"]]
 
     async def status(self) -> dict[str, Any]:
-        """How much waits and runs: `{"services": {name: {status: number, ...}}, "draining": bool}`."""
+        """How much waits and runs: `{"services": {name: {status: number, ...}}, "draining": bool, ...}`."""
         answer: dict[str, Any] = await self.http.request("GET", "/status")
         return answer
 

@@ -87,6 +87,8 @@ class TaskEvents:
             try:
                 await self._receive()
             except Unavailable as error:
+                if self._body is not None:
+                    self._http.note(self._body.url, error)
                 await self.aclose()
                 if not self._http.answered:
                     raise  # a wrong URL is no dropped connection

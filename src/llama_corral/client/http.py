@@ -1,9 +1,10 @@
-"""One connection pool, and what is repeated when.
+"""The connections to a control plane, or to several on one store, and what is repeated when.
 
 A request is repeated, for `retry_for` seconds at most, if that is safe: it was not sent, or the server said that nothing
 of it was done, or doing it twice is doing it once (`repeatable`). Only a server that has answered this client before is
-waited for: the first request to a wrong URL fails at once. A server that is full is asked `FULL_ATTEMPTS` times at most,
-and only for what is repeatable: everybody repeating everything would keep it full.
+waited for: the first request to a wrong URL fails at once. Of several servers the next one is asked without waiting. A
+server that is full is asked `FULL_ATTEMPTS` times at most, and only for what is repeatable: everybody repeating everything
+would keep it full.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ import json
 import math
 import ssl
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from itertools import count
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import anyio
 import httpx
 from pydantic import SecretStr
 
-from ..exceptions import CorralError, TooManyTasks, Unavailable
+from ..exceptions import CorralError, Draining, TooManyTasks, Unavailable
 from ..http_answers import from_answer, no_answer, not_ours
-from ..http_urls import authorization, check_url, is_loopback
+from ..http_targets import Targets
+from ..http_urls import authorization, check_urls, is_loopback
+
+T = TypeVar("T")
 
 STREAM_SILENCE: Final = 45.0
 """Seconds of silence after which a stream's connection counts as dead: three heartbeats of the server."""
@@ -41,33 +46,48 @@ def delay_of(failures: int, error: Unavailable | None = None) -> float:
 
 
 class Http:
-    """Requests to one control plane. `aclose` closes the pool and every stream that was left open."""
+    """Requests to a control plane; to one of several, until it fails. `aclose` closes the connections and every stream that
+    was left open."""
 
     def __init__(
-        self, url: str, token: str | SecretStr | None, timeout: float, retry_for: float, verify: ssl.SSLContext | bool
+        self,
+        url: str | Sequence[str],
+        token: str | SecretStr | None,
+        timeout: float,
+        retry_for: float,
+        verify: ssl.SSLContext | bool,
     ) -> None:
-        self.url = check_url(url)
+        self._choice = Targets(check_urls(url))
         self.timeout = timeout
         self.retry_for = retry_for
         self.answered = False
         self._abandoned: deque[StreamBody] = deque()
         secret = token.get_secret_value() if isinstance(token, SecretStr) else token
-        self._client = httpx.AsyncClient(
-            base_url=self.url,
-            headers={b"Authorization": authorization(secret)} if secret else {},
-            timeout=timeout,
-            # Each connection belongs to a caller; a limit here would let open streams block everything else.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
-            # Loading the certificates of the system takes longer than most requests.
-            verify=verify if self.url.startswith("https:") else False,
-            # What is on this machine is never behind a proxy, whatever the environment says.
-            trust_env=not is_loopback(self.url),
-        )
+        self._clients = {
+            each: httpx.AsyncClient(
+                base_url=each,
+                headers={b"Authorization": authorization(secret)} if secret else {},
+                timeout=timeout,
+                # Each connection belongs to a caller; a limit here would let open streams block everything else.
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
+                # Loading the certificates of the system takes longer than most requests.
+                verify=verify if each.startswith("https:") else False,
+                # What is on this machine is never behind a proxy, whatever the environment says.
+                trust_env=not is_loopback(each),
+            )
+            for each in self._choice.urls
+        }
+
+    @property
+    def url(self) -> str:
+        """The control plane that was asked last."""
+        return self._choice.current
 
     async def aclose(self) -> None:
         await self.close_abandoned()
         with anyio.CancelScope(shield=True), anyio.move_on_after(2):
-            await self._client.aclose()
+            for client in self._clients.values():
+                await client.aclose()
 
     async def request(
         self,
@@ -108,18 +128,18 @@ class Http:
         await self.close_abandoned()
         twice = method in ("GET", "PUT") if repeatable is None else repeatable
         content = None if body is None else json.dumps(body, allow_nan=False).encode()
-        request = self._client.build_request(
-            method,
-            path,
-            params={name: value for name, value in (params or {}).items() if value is not None},
-            content=content,
-            headers={"Content-Type": "application/json"} if content is not None else {},
-            timeout=httpx.Timeout(self.timeout, read=self.timeout + wait),
-        )
+        request = {
+            "method": method,
+            "url": path,
+            "params": {name: value for name, value in (params or {}).items() if value is not None},
+            "content": content,
+            "headers": {"Content-Type": "application/json"} if content is not None else {},
+            "timeout": httpx.Timeout(self.timeout, read=self.timeout + wait),
+        }
         give_up = anyio.current_time() + self.retry_for
         for failures in count(1):
             try:
-                return await self._once(request)
+                return await self._anywhere(partial(self._once, request), twice)
             except Unavailable as error:
                 delay = delay_of(failures, error)
                 if not self._may_repeat(error, twice, failures) or anyio.current_time() + delay > give_up:
@@ -132,27 +152,42 @@ class Http:
             return twice and failures < FULL_ATTEMPTS
         return self.answered and (twice or not error.fields.get("sent", True))
 
-    async def _once(self, request: httpx.Request) -> httpx.Response:
-        response = await self._send(request)
+    async def _anywhere(self, ask: Callable[[str], Awaitable[T]], twice: bool) -> T:
+        """Ask one control plane after the other until one answers, as long as that is safe."""
+        asked: set[str] = set()
+        while True:
+            url = self._choice.choose(anyio.current_time())
+            asked.add(url)
+            try:
+                found = await ask(url)
+            except Unavailable as error:
+                self.note(url, error)
+                elsewhere = not isinstance(error, TooManyTasks) and (twice or not error.fields.get("sent", True))
+                if not elsewhere or self._choice.choose(anyio.current_time()) in asked:
+                    raise
+            else:
+                self._choice.answered(url)
+                return found
+
+    def note(self, url: str, error: Unavailable) -> None:
+        """One could not answer, or a stream of it was cut: the next request is for another one, if there is any."""
+        if not isinstance(error, TooManyTasks):
+            self._choice.failed(url, anyio.current_time(), stops=isinstance(error, Draining))
+
+    async def _once(self, request: Mapping[str, Any], url: str) -> httpx.Response:
+        response = await self._send(request, url)
         if response.status_code >= 300:
-            raise self._refusal(response)
+            raise _refusal(response, url)
         return response
 
-    async def _send(self, request: httpx.Request, *, stream: bool = False) -> httpx.Response:
+    async def _send(self, request: Mapping[str, Any], url: str, *, stream: bool = False) -> httpx.Response:
+        client = self._clients[url]
         try:
-            response = await self._client.send(request, stream=stream)
+            response = await client.send(client.build_request(**request), stream=stream)
         except httpx.HTTPError as error:
-            raise self.lost(error) from error
+            raise _lost(error, url) from error
         self.answered = True
         return response
-
-    def lost(self, error: httpx.HTTPError | httpx.StreamError) -> Unavailable:
-        """A failure of the connection as one of ours."""
-        reason = str(error) or ("timed out" if isinstance(error, httpx.TimeoutException) else type(error).__name__)
-        return no_answer(self.url, reason, sent=not isinstance(error, _NOT_SENT))
-
-    def _refusal(self, response: httpx.Response) -> CorralError:
-        return from_answer(response.status_code, response.content, response.headers, self.url)
 
     # Streams
 
@@ -162,21 +197,24 @@ class Http:
         Resource handling: the caller closes it, or hands it to `abandon`.
         """
         await self.close_abandoned()
-        request = self._client.build_request(
-            "GET",
-            path,
-            params=params,
-            headers={"Accept": "text/event-stream", "Accept-Encoding": "identity", **headers},
-            timeout=httpx.Timeout(self.timeout, read=STREAM_SILENCE),
-        )
-        response = await self._send(request, stream=True)
+        request = {
+            "method": "GET",
+            "url": path,
+            "params": params,
+            "headers": {"Accept": "text/event-stream", "Accept-Encoding": "identity", **headers},
+            "timeout": httpx.Timeout(self.timeout, read=STREAM_SILENCE),
+        }
+        return await self._anywhere(partial(self._open, request), twice=True)
+
+    async def _open(self, request: Mapping[str, Any], url: str) -> StreamBody:
+        response = await self._send(request, url, stream=True)
         if response.status_code < 300:
-            return StreamBody(self, response)
+            return StreamBody(response, url)
         try:
             await response.aread()
         except httpx.HTTPError as error:
-            raise self.lost(error) from error
-        raise self._refusal(response)
+            raise _lost(error, url) from error
+        raise _refusal(response, url)
 
     def abandon(self, body: StreamBody) -> None:
         """For a reader that is collected and cannot await: the body is closed with the next request."""
@@ -187,11 +225,21 @@ class Http:
             await self._abandoned.popleft().aclose()
 
 
-class StreamBody:
-    """The body of an answer, piece by piece."""
+def _lost(error: httpx.HTTPError | httpx.StreamError, url: str) -> Unavailable:
+    """A failure of the connection as one of ours."""
+    reason = str(error) or ("timed out" if isinstance(error, httpx.TimeoutException) else type(error).__name__)
+    return no_answer(url, reason, sent=not isinstance(error, _NOT_SENT))
 
-    def __init__(self, http: Http, response: httpx.Response) -> None:
-        self._http = http
+
+def _refusal(response: httpx.Response, url: str) -> CorralError:
+    return from_answer(response.status_code, response.content, response.headers, url)
+
+
+class StreamBody:
+    """The body of an answer, piece by piece. `url` is that of its server."""
+
+    def __init__(self, response: httpx.Response, url: str) -> None:
+        self.url = url
         self._response = response
         self._chunks = response.aiter_bytes()
 
@@ -200,7 +248,7 @@ class StreamBody:
         try:
             return await anext(self._chunks, None)
         except (httpx.HTTPError, httpx.StreamError) as error:
-            raise self._http.lost(error) from error
+            raise _lost(error, self.url) from error
 
     async def aclose(self) -> None:
         """Close the connection, unless the body was read to its end.

@@ -214,7 +214,11 @@ class SyncClient:
     sessions: SyncSessions
 
     def __init__(
-        self, url: str = "http://127.0.0.1:8000", *, backend: Literal["trio", "asyncio"] = "trio", **options: Any
+        self,
+        url: str | Sequence[str] = "http://127.0.0.1:8000",
+        *,
+        backend: Literal["trio", "asyncio"] = "trio",
+        **options: Any,
     ) -> None:
         self._client = Client(url, **options)
         self._backend = backend

@@ -111,6 +111,9 @@ class Task:
                         return record
                     if anyio.current_time() - asked < LONG_POLL / 2:
                         raise exc.Draining(f"{self._http.url} is stopping", url=self._http.url)
+                except exc.Draining as error:
+                    self._http.note(self._http.url, error)
+                    await patience.pause(error)
                 except exc.Unavailable as error:
                     await patience.pause(error)
                 else:

@@ -25,14 +25,21 @@ class Acceptance:
     """Accepts tasks for a control plane. The methods raise as `ControlPlane.submit` says."""
 
     def __init__(
-        self, store: Store, registry: Registry, effects: Effects, config: ControlPlaneConfig, now: Callable[[], float]
+        self,
+        store: Store,
+        registry: Registry,
+        effects: Effects,
+        config: ControlPlaneConfig,
+        now: Callable[[], float],
+        *,
+        alone: bool,
     ) -> None:
         self._store = store
         self._registry = registry
         self._effects = effects
         self._config = config
         self._now = now
-        self._admission = Admission(config.max_queued_tasks)
+        self._admission = Admission(config.max_queued_tasks, alone=alone)
         self._counting = anyio.Lock()
 
     async def submit(

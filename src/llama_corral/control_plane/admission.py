@@ -8,6 +8,8 @@ from typing import Final
 
 RECOUNT_AFTER: Final = 1.0
 """Seconds after a refusal for which a full service is not counted again."""
+PART: Final = 4
+"""What is missing to the limit, divided by this, is one budget of one of several control planes."""
 MAX_SERVICES: Final = 1_000
 
 
@@ -26,14 +28,17 @@ class Admission:
     once a second: O(1) a task. Tasks that start at once use the budget up too, which only means a count more.
 
     Tasks that come back by themselves (lost workers, retries) are never refused. Each control plane on a store has budgets
-    of its own, so that several of them may together accept that many times the limit.
+    of its own: where there may be others, a budget is a part of what is missing only, so that together they accept little
+    more than the limit.
 
     Args:
         limit: Tasks of one service that may wait; 0: any number.
+        alone: There are no other control planes on the store.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, alone: bool = True) -> None:
         self.limit = limit
+        self._part = 1 if alone else PART
         self._portion = max(1, limit // 20)
         # The least recently used one is forgotten first; that costs a count when its service comes back.
         self._budgets: OrderedDict[str, _Budget] = OrderedDict()
@@ -59,7 +64,7 @@ class Admission:
         if room < self._portion:
             budget.closed_until = now + RECOUNT_AFTER
             return False
-        budget.left = room - 1
+        budget.left = max(self._portion, room // self._part) - 1
         return True
 
     def _find(self, service_name: str) -> _Budget:

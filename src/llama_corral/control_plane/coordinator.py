@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Final
 
 import anyio
 
 from ..abc import Coordinator, LocalService, Store
 from ..exceptions import Unavailable
-from ..protocol.lifecycle import TaskStatus
 from ..protocol.records import (
     Checkpoint,
     Claim,
@@ -25,19 +23,16 @@ from ..protocol.records import (
     ReportAnswer,
     ServiceInfo,
     ServiceRecord,
-    TaskFilter,
     Ticket,
 )
 from . import checks
 from .config import ControlPlaneConfig
-from .effects import MESSAGES_INSTANCE, Effects
+from .effects import Effects
 from .leases import Leases, Strays
-from .registry import Registry
+from .registry import Registry, speaks_messages_only
+from .reports import take_from_messages
 
 logger = logging.getLogger(__name__)
-
-PAGE: Final = 500
-"""Tasks looked at in one read."""
 
 
 class StoreCoordinator(Coordinator):
@@ -63,23 +58,16 @@ class StoreCoordinator(Coordinator):
         instance = InstanceRecord(
             info.instance_id, info.service_name, info.capacity, self._now(), embedded=local is not None
         )
-        spoke_messages = self._registry.is_messages_only(info.service_name)
+        before = await self._store.get_service(info.service_name)
         await self._store.put_service(service, instance)
         self._registry.learn(service)
         if local is not None:
             self._registry.add_local(info.service_name, info.instance_id, local)
-        if spoke_messages:
-            await self._take_from_messages(info.service_name)
+        if before is not None and speaks_messages_only(before):
+            self._effects.tell_others("service", service_name=info.service_name)
+            await take_from_messages(self._store, self._effects, info.service_name, self._now())
+        logger.info("registered %s of %s, runs at a time: %d", info.instance_id, info.service_name, info.capacity)
         return Registration(self.config.topic_namespace, self.config.heartbeat_interval, lease=self.config.lease)
-
-    async def _take_from_messages(self, service_name: str) -> None:
-        """Whoever registers claims its tasks. Those claimed for messages before would wait for reports that nobody sends."""
-        open_ones = TaskFilter((TaskStatus.RUNNING, TaskStatus.WAITING), service_name=service_name, limit=PAGE)
-        while records := await self._store.list_tasks(open_ones):
-            held = [HeldTask(each.task_id, each.epoch) for each in records if each.owner == MESSAGES_INSTANCE]
-            with anyio.CancelScope(shield=True):
-                self._effects.lost(await self._store.reclaim(MESSAGES_INSTANCE, held, self._now()))
-            open_ones = replace(open_ones, before=records[-1].task_id)
 
     async def deregister(self, instance_id: str) -> None:
         self._registry.remove_instance(instance_id)
@@ -139,8 +127,7 @@ class StoreCoordinator(Coordinator):
     async def _reclaim(self, instance_id: str, lost: Sequence[HeldTask]) -> None:
         """Give tasks that an instance owns without knowing it to others, as if it had died with them."""
         with anyio.CancelScope(shield=True):
-            tickets = await self._store.reclaim(instance_id, lost, self._now())
-            self._effects.lost(tickets)
+            self._effects.lost(await self._store.reclaim(instance_id, lost, self._now()))
         logger.warning("%s did not know of %d of its tasks; they are taken away from it", instance_id, len(lost))
 
     async def pull(self, task_id: str, epoch: int, after: int) -> InboxPage:

@@ -15,17 +15,19 @@ from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import anyio
-from anyio.abc import TaskStatus
+import anyio.abc
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from ..abc import MessageQueue, Store
 from ..events import Changes
 from ..exceptions import CorralError
 from ..protocol import topics
-from ..protocol.messages import ActionTypes, QueueMessage, TaskDefinition
-from ..protocol.records import ClaimRequest, ReportAnswer, SendAnswer, Terminal, Ticket
+from ..protocol.lifecycle import TaskStatus
+from ..protocol.messages import ActionTypes, QueueMessage, TaskDefinition, new_id
+from ..protocol.records import ClaimRequest, HeldTask, Reaped, ReportAnswer, SendAnswer, Terminal, Ticket
 from .alarm import Alarm
 from .config import ControlPlaneConfig
+from .peers import Peers
 from .registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,8 @@ class Effects:
         endings: Who waits for which ending in this process.
         in_doubt: Set when a ticket may not have been published: look into the store soon.
         alarm: When something is due by itself.
+        peers: Who else is there.
+        publisher_id: Names this control plane to the others.
     """
 
     def __init__(
@@ -103,7 +107,9 @@ class Effects:
         self.endings = Endings()
         self.in_doubt = anyio.Event()
         self.alarm = Alarm()
-        self.publisher_id = f"control_plane-{id(self):x}"
+        # It sorts by the time of the start.
+        self.publisher_id = f"control_plane-{int(now() * 1000):012x}-{new_id()}"
+        self.peers = Peers(self.publisher_id, config.lease, alone=alone)
         self._store = store
         self._queue = queue
         self._registry = registry
@@ -139,11 +145,18 @@ class Effects:
             self.changed(task_id)
         self.tickets(answer.tickets)
 
-    def lost(self, tickets: Iterable[Ticket]) -> None:
-        """Tasks were taken away from an instance. Some may have ended with it: the answer does not name them, and it is
-        rare."""
-        self.changes.notify_all()
-        self.tickets(tickets)
+    def lost(self, reaped: Reaped) -> None:
+        """Tasks were taken away from an instance."""
+        for answer in reaped.ended:
+            if answer.status is TaskStatus.FAILED:
+                logger.warning("the task %s has failed (worker_lost): it has no attempts left", answer.task_id)
+            else:
+                logger.info("the task %s lost its worker and has ended: %s", answer.task_id, answer.status.value)
+            self.changed(answer.task_id)
+        for ticket in reaped.tickets:
+            # A request that waits for it may want to know that nobody works on it.
+            self.changed(ticket.task_id)
+        self.tickets(reaped.tickets)
         self.look_again()
 
     def released(self, task_id: str, answer: ReportAnswer, wake_at: float | None = None) -> None:
@@ -166,8 +179,12 @@ class Effects:
     def changed(self, task_id: str, *, ended: bool = True) -> None:
         """News for the readers of a task, here and in the other control planes on the store."""
         self.changes.notify(task_id, ended=ended)
+        self.tell_others("ended" if ended else "events", task_id=task_id)
+
+    def tell_others(self, kind: str, **data: str) -> None:
+        """Say something to the other control planes on the store. What they do about it: `Upkeep.listen_forever`."""
         if not self._alone:
-            self._broadcast(topics.CONTROL_PLANE_NAME, {"task_id": task_id, "kind": "ended" if ended else "events"})
+            self._broadcast(topics.CONTROL_PLANE_NAME, {"kind": kind, **data})
 
     def send_message(self, message: QueueMessage) -> None:
         """Publish to the service that `message.type` names."""
@@ -194,7 +211,7 @@ class Effects:
         if self._outbox is not None:
             self._outbox.close()
 
-    async def publish_forever(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+    async def publish_forever(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         self._outbox, items = anyio.create_memory_object_stream[Item](OUTBOX_LIMIT)
         with self._outbox, items:
             async with anyio.create_task_group() as publishers:
@@ -211,7 +228,7 @@ class Effects:
             except (CorralError, TimeoutError) as error:
                 self._failed += 1
                 if not self.in_doubt.is_set():
-                    logger.warning("could not publish; the store keeps the ticket: %s", error or "timeout")
+                    logger.warning("could not publish; the store keeps the ticket: %s", str(error) or "timeout")
                 self.in_doubt.set()
 
     async def _publish(self, item: Item) -> None:
@@ -227,8 +244,8 @@ class Effects:
             await self._publish_task(TaskDefinition(input="", task_id=ticket.task_id, agent_id=ticket.service_name))
             return
         record = await self._store.get_task(ticket.task_id)
-        if record is None or record.status.is_terminal:
-            return
+        if record is None or record.status is not TaskStatus.QUEUED:
+            return  # another control plane has published it
         if record.not_before is not None and record.not_before > self._now():
             self.alarm.add(record.not_before)
             return
@@ -237,7 +254,12 @@ class Effects:
         )
         await self._publish_task(definition)
         # After the publishing: a crash in between publishes twice, the other order would lose the task.
-        await self._store.claim(messages_claim(ticket.task_id, self._now()))
+        claim = await self._store.claim(messages_claim(ticket.task_id, self._now()))
+        if claim is not None and not await self.messages_only(ticket.service_name):
+            # An instance has registered meanwhile. Whoever saw to that may have looked before this claim was there.
+            self.lost(
+                await self._store.reclaim(MESSAGES_INSTANCE, [HeldTask(ticket.task_id, claim.epoch)], self._now())
+            )
 
     async def _publish_task(self, definition: TaskDefinition) -> None:
         assert definition.agent_id is not None
@@ -252,9 +274,12 @@ class Effects:
     async def messages_only(self, service_name: str) -> bool | None:
         """Whether a service takes its tasks out of messages and never claims. None: there is no such service."""
         known = self._registry.is_messages_only(service_name)
-        if known is None:
+        if known is not False:
+            # Also who did so: a task that is claimed on behalf of a service that claims by itself would never end.
             service = await self._store.get_service(service_name)
-            if service is not None:
+            if service is None:
+                self._registry.forget(service_name)
+            else:
                 self._registry.learn(service)
             known = self._registry.is_messages_only(service_name)
         return known
@@ -262,6 +287,7 @@ class Effects:
     def statistics(self) -> Mapping[str, Any]:
         return {
             "outbox": 0 if self._outbox is None else self._outbox.statistics().current_buffer_used,
+            "control_planes": self.peers.count(anyio.current_time()),
             "published": self._published,
             "unpublished": self._failed,
             "readers": self.changes.statistics(),

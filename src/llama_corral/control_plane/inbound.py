@@ -16,6 +16,7 @@ from ..protocol import topics
 from ..protocol.messages import QueueMessage
 from ..protocol.records import DeadLetter
 from ..queues.dead_letter import MAX_RAW_CHARACTERS, Letter, dead_letter
+from .peers import Peers
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +54,33 @@ async def consume_forever(
 
 
 class Inbound:
-    """Handles what comes on the control plane's own topic. What cannot be handled is a dead letter."""
+    """Handles what comes on the control plane's own topic, while it is this one's turn: the messages of a task are to be
+    handled in order. What cannot be handled is a dead letter."""
 
     def __init__(
-        self, queue: MessageQueue, namespace: str, publisher_id: str, handle: Callable[[QueueMessage], Awaitable[None]]
+        self,
+        queue: MessageQueue,
+        namespace: str,
+        publisher_id: str,
+        peers: Peers,
+        handle: Callable[[QueueMessage], Awaitable[None]],
     ) -> None:
         self._queue = queue
         self._topic = topics.topic(namespace, topics.CONTROL_PLANE_NAME)
         self._dead_letters = topics.dead_letter(namespace)
         self._publisher_id = publisher_id
+        self._peers = peers
         self._handle = handle
 
     async def consume_forever(self) -> None:
+        while True:
+            await self._peers.wait_turn()
+            async with anyio.create_task_group() as turn:
+                turn.start_soon(self._consume, name="messages of services")
+                await self._peers.wait_turn_over()
+                turn.cancel_scope.cancel()
+
+    async def _consume(self) -> None:
         await consume_forever(self._queue, self._topic, self._take, what="messages of services")
 
     async def _take(self, message: QueueMessage) -> None:
@@ -113,5 +129,5 @@ def parse_letter(message: QueueMessage, topic: str, now: float) -> DeadLetter:
 
 
 def _storable(text: str) -> str:
-    """Without lone surrogates, which no store and no answer takes: whatever came, a person is to see it."""
-    return text.encode("utf-8", errors="replace").decode()
+    """Without lone surrogates and NUL, which not every store and answer takes: whatever came, a person is to see it."""
+    return text.encode("utf-8", errors="replace").decode().replace("\0", "?")

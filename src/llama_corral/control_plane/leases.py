@@ -48,22 +48,25 @@ class Strays:
     """Which strays are really lost: tasks that an instance owns and does not name in its heartbeats.
 
     One heartbeat proves nothing: the answer to the claim may be on its way, and is asked for again where it does not come.
-    A stray is lost if every heartbeat of a lease named it, from the first of them to the last.
+    A stray is lost if every heartbeat of a lease named it, from the first of them to the last. Heartbeats may also go to
+    other control planes: after a lease without one it begins anew.
     """
 
     def __init__(self, lease: float) -> None:
         self._lease = lease
-        self._seen: dict[str, dict[tuple[str, int], float]] = {}
+        self._seen: dict[str, tuple[float, dict[tuple[str, int], float]]] = {}
 
     def lost(self, instance_id: str, strays: Iterable[HeldTask], now: float) -> list[HeldTask]:
         """Take the answer to one heartbeat in and say what to take away from the instance. `now` is monotonic."""
-        before = self._seen.get(instance_id, {})
+        # Also those of instances that have gone without a word to us.
+        self._seen = {each: kept for each, kept in self._seen.items() if now - kept[0] <= self._lease}
+        _, before = self._seen.get(instance_id, (now, {}))
         seen = {(each.task_id, each.epoch): before.get((each.task_id, each.epoch), now) for each in strays}
         lost = [HeldTask(*key) for key, first in seen.items() if now - first >= self._lease]
         for each in lost:
             del seen[each.task_id, each.epoch]
         if seen:
-            self._seen[instance_id] = seen
+            self._seen[instance_id] = (now, seen)
         else:
             self._seen.pop(instance_id, None)
         return lost

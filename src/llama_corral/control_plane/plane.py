@@ -81,6 +81,7 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
 
     Attributes:
         config: The settings in force.
+        alone: As given.
         queue: The message queue it was given.
         sessions: Create, get, delete sessions and their state.
         services: Definitions and numbers of the services.
@@ -102,26 +103,29 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         self._patient_until = math.inf
         self._support: SupportGroup | None = None
         self.queue = queue
-        self._alone = alone
+        self.alone = alone
         self._reports = MessageReports(store, self._effects, now)
         self._upkeep = Upkeep(store, queue, registry, self._effects, self._reports, self._leases, config, now)
-        self._acceptance = Acceptance(store, registry, self._effects, config, now)
-        self._inbound = Inbound(queue, config.topic_namespace, self._effects.publisher_id, self.process_message)
+        self._acceptance = Acceptance(store, registry, self._effects, config, now, alone=alone)
+        self._inbound = Inbound(
+            queue, config.topic_namespace, self._effects.publisher_id, self._effects.peers, self.process_message
+        )
         self._dead_letters = DeadLetters(store, queue, config.topic_namespace, now)
         self.sessions = Sessions(store, self._effects, now)
-        self.services = Services(store, registry, now)
+        self.services = Services(store, registry, self._effects, now)
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self, None]:
         async with open_support_group() as support:
             self._support = support
             await support.start(self._effects.publish_forever, name="publish", grace=CLOSING_TIME)
-            await self._upkeep.start(alone=self._alone)
+            await self._upkeep.start(alone=self.alone)
             support.start_soon(self._upkeep.backstop_forever, name="backstop")
             support.start_soon(self._upkeep.alarm_forever, name="alarm")
             support.start_soon(self._reap, name="reaper")
-            if not self._alone:
-                support.start_soon(self._upkeep.listen_forever, name="other control planes")
+            support.start_soon(self._upkeep.listen_forever, name="other control planes")
+            if not self.alone:
+                support.start_soon(self._upkeep.announce_forever, name="word to other control planes")
             support.start_soon(self._inbound.consume_forever, name="messages of services")
             support.start_soon(self._dead_letters.consume_forever, name="dead letters")
             if self.config.retention:
@@ -130,10 +134,11 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
                 yield self
             finally:
                 self.draining = True
+                self._effects.tell_others("left")
                 self._effects.close()
 
     async def _reap(self) -> None:
-        await self._upkeep.reap_forever(alone=self._alone)
+        await self._upkeep.reap_forever(alone=self.alone)
 
     def refuse_new(self) -> None:
         """Accept no more tasks: the services of this process are about to drain. Requests that wait for a working run go
@@ -305,6 +310,8 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
             payload = local.check_event(payload)
         else:
             service = await self._store.get_service(record.service_name)
+            if service is not None:
+                self._registry.learn(service)
             payload = checks.check_event(None if service is None else service.events, payload)
         with anyio.CancelScope(shield=True):
             answer = await self._store.send(task_id, payload, self._now())
@@ -354,7 +361,15 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
 
     def open_log(self, task_id: str, start: int = 0, *, drain: Any = None, statuses: bool = False) -> LogReader:
         """The task's events from `start` to the terminal record, as they come: see `events.read_log`."""
-        return read_log(self._store, self._effects.changes, task_id, start, drain=drain, statuses=statuses)
+        return read_log(
+            self._store,
+            self._effects.changes,
+            task_id,
+            start,
+            drain=drain,
+            backstop=self.config.backstop_interval,
+            statuses=statuses,
+        )
 
     async def wait_result(
         self,
@@ -368,7 +383,9 @@ class ControlPlane(anyio.AsyncContextManagerMixin, StoreCoordinator):
         Raises:
             NotFound: there is no such task, or it was deleted meanwhile.
         """
-        return await wait_terminal(self._store, self._effects.changes, task_id, timeout, drain=drain)
+        return await wait_terminal(
+            self._store, self._effects.changes, task_id, timeout, drain=drain, backstop=self.config.backstop_interval
+        )
 
     # Messages of services that report by messages
 

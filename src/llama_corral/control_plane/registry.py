@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..abc import LocalService, Reservation
@@ -17,8 +17,8 @@ def speaks_messages_only(service: ServiceRecord) -> bool:
 class Registry:
     """Services of this process, and whether the others claim.
 
-    The stored records are the truth about which services exist; this only remembers what does not change behind our
-    back: the objects in this process, and how a service name speaks.
+    The stored records are the truth about which services exist. This has the objects in this process, and remembers how a
+    service name speaks: that rarely changes, and other control planes say when it does.
     """
 
     def __init__(self) -> None:
@@ -42,10 +42,18 @@ class Registry:
     def remove_service(self, service_name: str) -> None:
         for instance_id in [*self._locals.get(service_name, ())]:
             self.remove_instance(instance_id)
-        self._messages_only.pop(service_name, None)
+        self.forget(service_name)
 
     def learn(self, service: ServiceRecord) -> None:
         self._messages_only[service.service_name] = speaks_messages_only(service)
+
+    def learn_all(self, services: Iterable[ServiceRecord]) -> None:
+        """All services that there are."""
+        self._messages_only = {service.service_name: speaks_messages_only(service) for service in services}
+
+    def forget(self, service_name: str) -> None:
+        """How the service speaks may have changed."""
+        self._messages_only.pop(service_name, None)
 
     def is_messages_only(self, service_name: str) -> bool | None:
         """None: never heard of it."""

@@ -11,7 +11,7 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import anyio
@@ -20,11 +20,13 @@ from ..abc import Store
 from ..exceptions import BadInput, Conflict, NotFound
 from ..protocol.lifecycle import TaskStatus
 from ..protocol.messages import ErrorRecord, TaskResult, TaskStream
-from ..protocol.records import EventRecord, Report, TaskRecord, Terminal
+from ..protocol.records import EventRecord, HeldTask, Report, TaskFilter, TaskRecord, Terminal
 from .effects import MESSAGES_INSTANCE, Effects, messages_claim
 
 logger = logging.getLogger(__name__)
 
+PAGE: Final = 500
+"""Tasks looked at in one read."""
 MAX_TASKS: Final = 10_000
 MAX_EARLY: Final = 1_000
 LAST_SEQ: Final = 1 << 53
@@ -41,8 +43,22 @@ class _Progress:
     lock: anyio.Lock = field(default_factory=anyio.Lock)
 
 
+async def take_from_messages(store: Store, effects: Effects, service_name: str, now: float) -> None:
+    """Whoever registers claims its tasks. Those claimed for messages before would wait for reports that nobody sends."""
+    open_ones = TaskFilter((TaskStatus.RUNNING, TaskStatus.WAITING), service_name=service_name, limit=PAGE)
+    while records := await store.list_tasks(open_ones):
+        held = [HeldTask(each.task_id, each.epoch) for each in records if each.owner == MESSAGES_INSTANCE]
+        with anyio.CancelScope(shield=True):
+            effects.lost(await store.reclaim(MESSAGES_INSTANCE, held, now))
+        open_ones = replace(open_ones, before=records[-1].task_id)
+
+
 class MessageReports:
-    """Writes what messages report. It remembers the last `MAX_TASKS` tasks; the rest is found again in the store."""
+    """Writes what messages report. It remembers the last `MAX_TASKS` tasks; the rest is found again in the store.
+
+    One control plane at a time takes messages (see `Peers`). Where a turn changes, another one has written what this one
+    does not know, or writes the same once more: each event is a report of its own, whose seq follows from its index.
+    """
 
     def __init__(self, store: Store, effects: Effects, now: Callable[[], float]) -> None:
         self._store = store
@@ -64,6 +80,8 @@ class MessageReports:
         if progress is None:
             return
         async with progress.lock:
+            if event.index > progress.next_index:
+                await self._catch_up(event.task_id, progress)
             if event.index < progress.next_index:
                 return
             progress.early[event.index] = event
@@ -75,6 +93,7 @@ class MessageReports:
         if progress is None:
             return
         async with progress.lock:
+            await self._catch_up(result.task_id, progress)
             await self._write_early(result.task_id, progress, gaps=True)
             await self._end(result.task_id, progress.epoch, _terminal(result))
 
@@ -110,24 +129,26 @@ class MessageReports:
             self._progress.popitem(last=False)
         return progress
 
+    async def _catch_up(self, task_id: str, progress: _Progress) -> None:
+        """Another control plane may have written events of the task."""
+        claim = await self._store.claim(messages_claim(task_id, self._now()))
+        if claim is not None and claim.next_index > progress.next_index:
+            progress.epoch, progress.next_index = claim.epoch, claim.next_index
+            progress.early = {index: each for index, each in progress.early.items() if index >= claim.next_index}
+
     async def _write_early(self, task_id: str, progress: _Progress, *, gaps: bool) -> None:
-        """Write the events that are next, or all there are, in one report."""
-        chosen: list[TaskStream] = []
-        index = progress.next_index
-        for event in sorted(progress.early.values(), key=lambda early: early.index):
-            if event.index != index and not gaps:
+        """Write the events that are next, or all there are."""
+        for index in sorted(progress.early):
+            if index != progress.next_index and not gaps:
                 break
-            chosen.append(event)
-            index = event.index + 1
-        if not chosen:
-            return
-        report = Report(task_id, progress.epoch, seq=index, now=self._now(), events=tuple(map(_event, chosen)))
-        answer = await self._store.report(report)
-        for event in chosen:
-            del progress.early[event.index]
-        progress.next_index = index
-        if answer.status == "ok":
-            self._effects.changed(task_id, ended=False)
+            report = Report(
+                task_id, progress.epoch, seq=index + 1, now=self._now(), events=(_event(progress.early[index]),)
+            )
+            answer = await self._store.report(report)
+            del progress.early[index]
+            progress.next_index = index + 1
+            if answer.status == "ok":
+                self._effects.changed(task_id, ended=False)
 
     async def _end(self, task_id: str, epoch: int, terminal: Terminal) -> None:
         with anyio.CancelScope(shield=True):

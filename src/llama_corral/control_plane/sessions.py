@@ -14,7 +14,7 @@ from ..protocol.messages import ServiceDefinition, new_id
 from ..protocol.records import ServiceRecord, SessionPolicy, SessionRecord
 from .checks import check_id
 from .effects import Effects
-from .registry import Registry
+from .registry import Registry, speaks_messages_only
 
 
 def no_such_session(session_id: str) -> NotFound:
@@ -98,9 +98,10 @@ class Sessions:
 class Services:
     """The registered services. Instances register themselves through the coordinator."""
 
-    def __init__(self, store: Store, registry: Registry, now: Callable[[], float]) -> None:
+    def __init__(self, store: Store, registry: Registry, effects: Effects, now: Callable[[], float]) -> None:
         self._store = store
         self._registry = registry
+        self._effects = effects
         self._now = now
 
     async def define(self, definition: ServiceDefinition) -> ServiceRecord:
@@ -119,6 +120,8 @@ class Services:
             record = ServiceRecord(name, text, before.registered_at, before.events, before.start_schema)
         await self._store.put_service(record)
         self._registry.learn(record)
+        if before is None or speaks_messages_only(before) is not speaks_messages_only(record):
+            self._effects.tell_others("service", service_name=name)
         return record
 
     async def get(self, service_name: str) -> ServiceRecord:
@@ -133,14 +136,20 @@ class Services:
     async def remove(self, service_name: str) -> bool:
         """Forget a service and its instances; False if there is none. Its tasks stay, new ones are refused."""
         self._registry.remove_service(service_name)
+        self._effects.tell_others("service", service_name=service_name)
         return await self._store.delete_service(service_name)
 
-    async def status(self) -> dict[str, dict[str, int]]:
-        """Numbers for each service: its open tasks by status, its instances and their capacity."""
+    async def status(self) -> dict[str, dict[str, Any]]:
+        """Numbers for each service: its open tasks by status, its instances and their capacity, and for how many seconds
+        the task at the front of its line could have been claimed (`oldest_queued`; None without a line)."""
         counts = await self._store.count_tasks()
-        table: dict[str, dict[str, int]] = {}
+        now = self._now()
+        oldest = await self._store.oldest_queued(now)
+        table: dict[str, dict[str, Any]] = {}
         for name in [*(service.service_name for service in await self._store.list_services()), *counts]:
             table.setdefault(name, dict.fromkeys(_COUNTED, 0) | dict(counts.get(name, {})))
+        for name, row in table.items():
+            row["oldest_queued"] = max(0.0, now - oldest[name]) if name in oldest else None
         for instance in await self._store.list_instances():
             if instance.service_name in table:
                 table[instance.service_name]["instances"] += 1

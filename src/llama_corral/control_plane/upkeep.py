@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -16,8 +16,9 @@ from ..abc import MessageQueue, Store
 from ..exceptions import NotFound, QueueUnavailable, Unavailable
 from ..protocol import topics
 from ..protocol.lifecycle import TaskStatus
-from ..protocol.messages import ActionTypes
+from ..protocol.messages import ActionTypes, QueueMessage
 from ..protocol.records import InstanceRecord, TaskFilter, Ticket
+from ..supervision import Backoff
 from .config import ControlPlaneConfig
 from .effects import MESSAGES_INSTANCE, Effects
 from .leases import Leases
@@ -35,6 +36,10 @@ DUE_BATCH: Final = 500
 """Tasks that one unit of the store ends or wakes: others are to get their turn in between."""
 ALARM_GAP: Final = 0.02
 FIRST_RETRY: Final = 0.5
+HEALTHY_AFTER: Final = 5.0
+"""Seconds of hearing others after which a lost connection is the first one again."""
+MAX_NAMES: Final = 20
+"""Names in a line of the log."""
 
 
 class Upkeep:
@@ -74,12 +79,14 @@ class Upkeep:
         if alone:
             left = [each.instance_id for each in await self._store.list_instances() if each.embedded]
             if left:
-                tickets = await self._store.reap(left, self._now())
+                reaped = await self._store.reap(left, self._now())
                 logger.info(
-                    "took over from an earlier process; instances: %d, tasks queued again: %d", len(left), len(tickets)
+                    "took over from an earlier process; instances: %d, tasks queued again: %d, tasks ended: %d",
+                    len(left),
+                    len(reaped.tickets),
+                    len(reaped.ended),
                 )
-        for service in await self._store.list_services():
-            self._registry.learn(service)
+        self._registry.learn_all(await self._store.list_services())
         await self.look()
         self._effects.tickets(await self._missing(everything=not self._queue.durable))
 
@@ -172,7 +179,11 @@ class Upkeep:
             else:
                 retry = FIRST_RETRY
             self._effects.in_doubt = anyio.Event()
+            if doubt:
+                # What others should have heard may be lost too.
+                self._effects.tell_others("all")
             try:
+                self._registry.learn_all(await self._store.list_services())
                 self._effects.tickets(await self._missing(everything=doubt))
                 await self.look()
             except Unavailable as error:
@@ -237,9 +248,14 @@ class Upkeep:
         if not dead:
             return
         with anyio.CancelScope(shield=True):
-            tickets = await self._store.reap(dead, self._now())
-            self._effects.lost(tickets)
-        logger.warning("lost instances: %d (%s); tasks queued again: %d", len(dead), ", ".join(dead[:5]), len(tickets))
+            reaped = await self._store.reap(dead, self._now())
+            self._effects.lost(reaped)
+        logger.warning(
+            "lost instances: %s; tasks queued again: %s; tasks ended: %d",
+            _some(dead),
+            _some([ticket.task_id for ticket in reaped.tickets]),
+            len(reaped.ended),
+        )
 
     async def purge_forever(self) -> None:
         """Remove what ended longer than the retention time ago, in batches with pauses of the same length: at most half of
@@ -256,19 +272,66 @@ class Upkeep:
                 logger.warning("could not remove old tasks; the next look will: %s", error)
             await anyio.sleep(max(1.0, min(60.0, retention / 4)))
 
-    async def listen_forever(self) -> None:
-        """Hear what other control planes on the same store have changed."""
-        topic = topics.instance(self._config.topic_namespace, topics.CONTROL_PLANE_NAME)
+    # Other control planes on the same store
+
+    async def announce_forever(self) -> None:
+        """Say every now and then that this one is there."""
         while True:
+            self._effects.tell_others("here")
+            await anyio.sleep(self._config.heartbeat_interval)
+
+    async def listen_forever(self) -> None:
+        """Hear what other control planes have changed, and notice when the queue was away."""
+        topic = topics.instance(self._config.topic_namespace, topics.CONTROL_PLANE_NAME)
+        backoff = Backoff(maximum=self._config.heartbeat_interval)
+        failures = 0
+        while True:
+            began = anyio.current_time()
             try:
                 async with self._queue.subscribe(topic) as subscription:
-                    self._effects.changes.notify_all()
+                    self._begin_to_hear(again=failures > 0)
                     while True:
-                        message = await subscription.receive()
-                        if message.action == ActionTypes.WAKE_UP and message.publisher_id != self._effects.publisher_id:
-                            self._effects.changes.notify(
-                                str(message.data.get("task_id")), ended=message.data.get("kind") != "events"
-                            )
+                        self._hear(await subscription.receive())
             except QueueUnavailable as error:
-                logger.warning("cannot hear the other control planes: %s", error)
-                await anyio.sleep(self._config.heartbeat_interval)
+                self._effects.peers.deaf()
+                failures = 1 if anyio.current_time() - began >= HEALTHY_AFTER else failures + 1
+                level = logging.WARNING if failures == 1 else logging.DEBUG
+                logger.log(level, "cannot hear the other control planes, trying again: %s", error)
+            await anyio.sleep(backoff.delay(failures))
+
+    def _begin_to_hear(self, *, again: bool) -> None:
+        self._effects.peers.listening(anyio.current_time())
+        self._effects.tell_others("hello")
+        # What was said before is unknown.
+        self._effects.changes.notify_all()
+        if again:
+            logger.info("the message queue is back")
+            if not self._queue.durable:
+                # It may have been restarted, and then all tickets are lost.
+                self._effects.in_doubt.set()
+
+    def _hear(self, message: QueueMessage) -> None:
+        sender = message.publisher_id
+        if message.action != ActionTypes.WAKE_UP or sender == self._effects.publisher_id:
+            return
+        effects, kind = self._effects, message.data.get("kind")
+        if kind in ("ended", "events"):
+            effects.changes.notify(str(message.data.get("task_id")), ended=kind == "ended")
+        elif kind == "all":
+            effects.changes.notify_all()
+        elif kind == "service":
+            self._registry.forget(str(message.data.get("service_name")))
+        elif kind == "left":
+            effects.peers.left(sender)
+        elif kind in ("hello", "here"):
+            effects.peers.heard(sender, anyio.current_time())
+            if kind == "hello":
+                effects.tell_others("here")
+
+
+def _some(names: Sequence[str]) -> str:
+    """How many there are, and the first of them."""
+    if not names:
+        return "0"
+    shown = ", ".join(names[:MAX_NAMES])
+    return f"{len(names)} ({shown}{', ...' if len(names) > MAX_NAMES else ''})"

@@ -20,6 +20,16 @@ REPORT: Final = "/instances/report"
 RELEASE: Final = "/instances/release"
 HEARTBEAT: Final = "/instances/heartbeat"
 PULL: Final = "/instances/pull"
+QUEUE: Final = "/instances/queue"
+
+
+@dataclass(frozen=True, slots=True)
+class QueueInfo:
+    """Where a worker finds the message queue. `url`: without user and password; None: it is served by the control plane
+    itself, over HTTP."""
+
+    url: str | None
+    namespace: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -286,6 +286,15 @@ class SendAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class Reaped:
+    """What became of tasks that were taken away from lost instances: those queued again, and what else became queued with
+    them; those that ended, because a cancel was requested or their attempts are used up."""
+
+    tickets: tuple[Ticket, ...] = ()
+    ended: tuple[SendAnswer, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TaskRecord:
     """A task as it is stored. `error` of an open task is that of its last failed attempt."""
 

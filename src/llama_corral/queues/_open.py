@@ -73,6 +73,7 @@ SCHEMES: Final[dict[str, Callable[[str, SecretStr | None, str], MessageQueue]]] 
     "https": _http,
     "redis": _REDIS,
     "rediss": _REDIS,
+    "unix": _REDIS,
     "nats": _NATS,
     "tls": _NATS,
     "amqp": _RABBITMQ,

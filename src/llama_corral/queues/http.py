@@ -1,7 +1,8 @@
 """The message queue of a control plane in another process: a client of its routes below `/queue`.
 
-Everything that waits is on the server; here is what a client must remember so that nothing is lost on the way. One server
-process holds the consumers: a queue that several control planes share needs a broker.
+Everything that waits is on the server; here is what a client must remember so that nothing is lost on the way. Of several
+control planes, which share a broker, one holds a consumer. If it fails its client opens another one elsewhere, and what was
+in hand comes back to the broker when the first one misses its client.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Final, Self, TypeVar
 
 import anyio
@@ -38,6 +40,8 @@ CLOSING_TIME: Final = 2.0
 DRAIN_PAUSE: Final = 0.5
 """Seconds before a server that stops is asked again; by then it has usually closed its door."""
 BROADCASTS_AT_ONCE: Final = 64
+MOVE_AFTER: Final = 2.0
+"""Seconds for which a server that holds a lease is asked before the lease is given up for another server."""
 
 _NOTHING: Final[TypeAdapter[Any]] = TypeAdapter(Any)
 _LEASE: Final = TypeAdapter(calls.Lease)
@@ -52,9 +56,9 @@ class HttpMessageQueue(MessageQueue):
     after `patience`. A subscription that the server forgot raises, because it may have missed something.
 
     Args:
-        url: Of the control plane.
+        url: Of the control plane, or several of them as `HttpLink` takes them.
         token: Its bearer token.
-        link: An open connection pool to that control plane, to be used instead of one of its own; its owner closes it.
+        link: An open connection pool to it, to be used instead of one of its own; its owner closes it.
         patience: Seconds for which a request is repeated before `QueueUnavailable` is raised.
         lease: Seconds of silence after which the server takes this client for dead, and gives what it had open to others;
             None: as the server has it.
@@ -68,7 +72,7 @@ class HttpMessageQueue(MessageQueue):
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         *,
         token: str | SecretStr | None = None,
         link: HttpLink | None = None,
@@ -99,7 +103,7 @@ class HttpMessageQueue(MessageQueue):
         with anyio.move_on_after(CLOSING_TIME, shield=True):
             while self._calls:  # their connections are theirs until they have noticed
                 await self._none_left.wait()
-            await self._say_goodbye([leased.end() for leased in self._leases])
+            await self._say_goodbye(list(self._leases))
         if self._owns_link:
             await self.link.__aexit__(*exc_info)  # noqa: ASYNC102 - shielded and bounded there
 
@@ -126,9 +130,21 @@ class HttpMessageQueue(MessageQueue):
     # For consumers and subscriptions
 
     async def ask(
-        self, path: str, call: Any, answer: TypeAdapter[T], *, wait: float = 0.0, patience: float | None = None
+        self,
+        path: str,
+        call: Any,
+        answer: TypeAdapter[T],
+        *,
+        wait: float = 0.0,
+        patience: float | None = None,
+        at: str | None = None,
+        on_answer: Callable[[str], None] | None = None,
     ) -> T:
-        """Ask until there is an answer, for `patience` seconds at most. It ends when the queue is closed."""
+        """Ask until there is an answer, for `patience` seconds at most. It ends when the queue is closed.
+
+        Args:
+            at: The server that holds the lease in question. Where there are others, it is not asked for long.
+        """
         try:
             body = to_json(call, inf_nan_mode="null")
         except ValueError as error:  # a text with a lone surrogate, a value that is not JSON
@@ -137,7 +153,21 @@ class HttpMessageQueue(MessageQueue):
         with anyio.CancelScope() as scope:
             self._calls.add(scope)
             try:
-                return await self._repeat(path, body, answer, wait, self._patience if patience is None else patience)
+                once = partial(
+                    self.link.ask,
+                    "POST",
+                    path,
+                    answer.validate_json,
+                    body=body,
+                    wait=wait,
+                    away=QueueUnavailable,
+                    at=at,
+                    on_answer=on_answer,
+                )
+                patience = self._patience if patience is None else patience
+                if at is not None and len(self.link.urls) > 1:
+                    patience = min(patience, MOVE_AFTER)
+                return await self._repeat(path, once, patience)
             finally:
                 self._calls.discard(scope)
                 if not self._calls:
@@ -145,14 +175,12 @@ class HttpMessageQueue(MessageQueue):
                     self._none_left = anyio.Event()
         raise self._gone()
 
-    async def _repeat(self, path: str, body: bytes, answer: TypeAdapter[T], wait: float, patience: float) -> T:
+    async def _repeat(self, path: str, once: Callable[[], Awaitable[T]], patience: float) -> T:
         failures = 0
         give_up = math.inf
         while True:
             try:
-                found = await self.link.ask(
-                    "POST", path, answer.validate_json, body=body, wait=wait, away=QueueUnavailable
-                )
+                found = await once()
             except QueueUnavailable as error:
                 failures += 1
                 give_up = min(give_up, anyio.current_time() + patience)
@@ -176,15 +204,21 @@ class HttpMessageQueue(MessageQueue):
             del self._leases[leased]
             if self._state == "open":
                 with anyio.move_on_after(CLOSING_TIME, shield=True):
-                    await self._say_goodbye([leased.end()])
+                    await self._say_goodbye([leased])
 
-    async def _say_goodbye(self, ends: list[calls.SettleCall | None]) -> None:
-        """Tell the server that leases are over, instead of letting it find out."""
-        call = calls.CloseCall(tuple(end for end in ends if end is not None))
-        if not call.leases:
-            return
+    async def _say_goodbye(self, leases: list[_Leased]) -> None:
+        """Tell the servers that leases are over, instead of letting them find out."""
+        ends: dict[str, list[calls.SettleCall]] = {}
+        for leased in leases:
+            if (end := leased.end()) is not None:
+                ends.setdefault(leased.server, []).append(end)
+        async with anyio.create_task_group() as servers:
+            for server, over in ends.items():
+                servers.start_soon(self._close, calls.CloseCall(tuple(over)), server)
+
+    async def _close(self, call: calls.CloseCall, server: str) -> None:
         try:
-            await self.link.ask("POST", calls.CLOSE, _NOTHING.validate_json, body=to_json(call))
+            await self.link.ask("POST", calls.CLOSE, _NOTHING.validate_json, body=to_json(call), at=server)
         except CorralError as error:
             logger.debug("the server will find out by itself that %d leases are over: %s", len(call.leases), error)
 
@@ -201,11 +235,13 @@ class HttpMessageQueue(MessageQueue):
 class _Leased(ABC):
     """A lease on the server, as its client sees it. `keep_forever` is its support task.
 
-    `_lease` is None before it is opened and when the server has forgotten it; what was open came back there.
+    `_lease` is None before it is opened, when the server has forgotten it, so that what was open came back there, and when
+    it was given up because the server is away and there is another one.
     """
 
     def __init__(self, queue: HttpMessageQueue, topic: str) -> None:
         self.topic = topic
+        self.server = ""
         self._queue = queue
         self._lease: calls.Lease | None = None
         self._seq = 1
@@ -248,7 +284,10 @@ class _Leased(ABC):
             raise QueueUnavailable(f"The block that received from {self.topic!r} was left", topic=self.topic)
 
     async def _open(self, path: str, call: calls.OpenCall, patience: float) -> None:
-        self._lease = await self._queue.ask(path, call, _LEASE, patience=patience)
+        def on_answer(server: str) -> None:
+            self.server = server
+
+        self._lease = await self._queue.ask(path, call, _LEASE, patience=patience, on_answer=on_answer)
         self._seq = 1
         self._acked, self._nacked, self._abandoned = [], [], None
 
@@ -260,7 +299,11 @@ class _Leased(ABC):
                 return
             acked, nacked, abandoned = tuple(self._acked), tuple(self._nacked), self._abandoned
             call = calls.SettleCall(lease.lease_id, acked, nacked, abandoned)
-            answer = await self._queue.ask(calls.SETTLE, call, _SETTLED, patience=math.inf)
+            try:
+                answer = await self._queue.ask(calls.SETTLE, call, _SETTLED, patience=math.inf, at=self.server)
+            except QueueUnavailable as error:
+                self._give_up(lease, error)
+                return
             if self._lease is not lease:
                 return
             if not answer.known:
@@ -275,18 +318,35 @@ class _Leased(ABC):
         call = calls.ReceiveCall(lease.lease_id, self._seq, max_messages, POLL)
         self._polling = True
         try:
-            answer = await self._queue.ask(calls.RECEIVE, call, _RECEIVED, wait=POLL, patience=math.inf)
+            answer = await self._queue.ask(calls.RECEIVE, call, _RECEIVED, wait=POLL, patience=math.inf, at=self.server)
         except Conflict:  # another server process with a lease of that name: not ours
             answer = calls.ReceiveAnswer(known=False)
+        except QueueUnavailable as error:
+            self._give_up(lease, error)
+            return ()
         finally:
             self._polling = False
         if answer.messages:
             self._seq += 1
+        elif answer.draining and len(self._queue.link.urls) > 1:
+            self._queue.link.avoid(self.server)
+            self._give_up(lease, None)
         elif answer.draining:
             await anyio.sleep(DRAIN_PAUSE)
         elif not answer.known and self._lease is lease:
             self._lease = None
         return answer.messages
+
+    def _give_up(self, lease: calls.Lease, error: QueueUnavailable | None) -> None:
+        """Do without a lease whose server is away: another one gives a new lease.
+
+        Raises:
+            QueueUnavailable: the queue was closed.
+        """
+        self._queue.check_open()
+        if self._lease is lease:
+            self._lease = None
+            logger.info("leaving %s for another control plane: %s", self.server, error or "it stops")
 
 
 L = TypeVar("L", bound=_Leased)

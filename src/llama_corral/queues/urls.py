@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, Final
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from ..exceptions import SetupError
 
-_SECRET_OPTIONS: Final = ("password", "passwd", "token", "secret", "key")
+_SECRET_OPTIONS: Final = ("password", "passwd", "sslpassword", "token", "secret", "key")
 
 
 def _split(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
-        _ = parts.port
+        for host in hosts_of(parts):  # what cannot be read shall be found here
+            _ = urlsplit(f"//{host}").port
     except ValueError:
         # Without the text of the error, which holds parts of the URL.
         raise SetupError(
@@ -22,6 +23,17 @@ def _split(url: str) -> SplitResult:
             hint="Write scheme://user:password@host:port, with special characters in user and password as %XX.",
         ) from None
     return parts
+
+
+def hosts_of(parts: SplitResult) -> list[str]:
+    """Each `host:port` of a URL, without credentials: of a cluster, several can be named, with commas between them."""
+    return parts.netloc.rpartition("@")[2].split(",")
+
+
+def _join(parts: SplitResult, netloc: str, query: str) -> str:
+    # urlunsplit leaves the slashes of an empty host out, where it does not know the scheme: unix:///path.
+    scheme = f"{parts.scheme}://" if parts.scheme else ""
+    return f"{scheme}{netloc}{parts.path}" + (f"?{query}" if query else "")
 
 
 def credentials_of(url: str) -> tuple[str | None, str | None]:
@@ -39,7 +51,7 @@ def without_credentials(url: str) -> str:
     parts = _split(url)
     options = [(name, value) for name, value in parse_qsl(parts.query) if name.lower() not in _SECRET_OPTIONS]
     netloc = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, netloc, parts.path, urlencode(options), ""))
+    return _join(parts, netloc, urlencode(options))
 
 
 def with_credentials(url: str, user: str | None, password: str | None) -> str:
@@ -49,7 +61,7 @@ def with_credentials(url: str, user: str | None, password: str | None) -> str:
     parts = _split(url)
     word = "" if password is None else f":{quote(password, safe='')}"
     netloc = f"{quote(user or '', safe='')}{word}@{parts.netloc.rpartition('@')[2]}"
-    return urlunsplit((parts.scheme, netloc, parts.path, parts.query, ""))
+    return _join(parts, netloc, parts.query)
 
 
 def take_options(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[str, dict[str, Any]]:
@@ -70,4 +82,4 @@ def take_options(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[s
             options[name] = known[name](value)
         except ValueError:
             raise SetupError(f"The option {name!r} of the queue URL cannot be read") from None
-    return urlunsplit((parts.scheme, parts.netloc, parts.path, urlencode(rest), "")), options
+    return _join(parts, parts.netloc, urlencode(rest)), options

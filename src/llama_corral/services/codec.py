@@ -204,12 +204,12 @@ class _NotingSerializer(ContextSerializer):
 
 
 def printable(text: str) -> str:
-    """The text with what no database and no socket takes (lone surrogates) written as escapes."""
+    """The text with what not every database and socket takes (lone surrogates, NUL) written as escapes."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return text.encode(errors="backslashreplace").decode()
-    return text
+        text = text.encode(errors="backslashreplace").decode()
+    return text.replace("\0", "\\x00")
 
 
 def _without_clashes(types: list[type[Any]]) -> list[type[Any]]:

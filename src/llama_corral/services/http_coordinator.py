@@ -45,9 +45,9 @@ class HttpCoordinator(Coordinator):
     Calls are not repeated here. Each of them may be: its answer is the same again.
 
     Args:
-        control_plane_url: Where the control plane is.
+        control_plane_url: Where the control plane is, or several of them as `HttpLink` takes them.
         token: Its bearer token.
-        link: An open connection pool to that control plane, to be used instead of one of its own; its owner closes it.
+        link: An open connection pool to it, to be used instead of one of its own; its owner closes it.
 
     Raises (all calls):
         Unavailable: the control plane is away, or cannot answer now.
@@ -56,7 +56,7 @@ class HttpCoordinator(Coordinator):
 
     def __init__(
         self,
-        control_plane_url: str,
+        control_plane_url: str | Sequence[str],
         *,
         token: str | SecretStr | None = None,
         link: HttpLink | None = None,

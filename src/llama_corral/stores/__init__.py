@@ -1,9 +1,10 @@
-"""The truth: SQLAlchemy Core over SQLite, with one writer that commits in groups and one reader.
+"""The truth: SQLAlchemy Core over SQLite or PostgreSQL, with one writer that commits in groups and one reader.
 
-store -> *_units (what changes) ->  writer.py -> one transaction
-      -> queries (what reads)   -> reader.py -> one transaction
+store -> *_units (what changes) -> writer.py, commits.py -> one transaction
+      -> queries (what reads)   -> reader.py             -> one transaction
 statements and tables define the SQL once; schema creates it and leads it forward; seals says what of a stored state is
-sealed; sqlite opens and locks the file.
+sealed. urls chooses the database: sqlite opens and locks a file; postgres keeps connections to a server and says why what
+several control planes do at once comes out right, postgres_schema readies its tables, postgres_server reaches it.
 """
 
 from .store import SqlStore as SqlStore

@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..exceptions import Conflict, NotFound, UsageError
 from ..protocol.lifecycle import TaskStatus
 from ..protocol.records import Accepted, Claim, ClaimRequest, NewTask
-from .endings import GONE, no_such_task, used_epochs
+from .endings import GONE, used_epochs
 from .rows import claim_answer, retry_text, stored_context
 from .transaction import Transaction
 
@@ -18,6 +18,7 @@ from .transaction import Transaction
 def accept(tx: Transaction, task: NewTask, claim: ClaimRequest | None) -> Accepted | UsageError:
     status = TaskStatus.QUEUED
     if task.session_id is not None:
+        tx.hold_lines((task.session_id,))
         line = tx.one(tx.sql.session_policy, {"session_id": task.session_id, "service_name": task.service_name})
         if line is None:
             return NotFound(f"There is no session {task.session_id!r}.", hint=GONE, session_id=task.session_id)
@@ -35,7 +36,7 @@ def accept(tx: Transaction, task: NewTask, claim: ClaimRequest | None) -> Accept
     if taken is not None:
         status = TaskStatus.RUNNING
     # A fresh id was never there before, so nobody can have an epoch of it.
-    before = 0 if task.digest is None else used_epochs(tx)
+    before = 0 if task.digest is None else tx.used_epochs
     # An implicit session is the task's own and needs no name of its own: its id is the task's.
     session_id = task.session_id or task.task_id
     inserted = tx.run(
@@ -61,7 +62,12 @@ def accept(tx: Transaction, task: NewTask, claim: ClaimRequest | None) -> Accept
         },
     )
     if not inserted:
-        return accepted_before(tx, task, claim) or no_such_task(task.task_id)
+        # None: it was there, and somebody has removed it since.
+        return accepted_before(tx, task, claim) or accept(tx, task, claim)
+    if task.digest is not None and before != (used := used_epochs(tx)):
+        # Asked behind the insertion, which may have waited for somebody who was just removing a task of this id.
+        before = used
+        tx.run(tx.sql.set_epoch, {"task_id": task.task_id, "new_epoch": before if taken is None else before + 1})
     return Accepted(
         task.task_id,
         session_id,

@@ -53,6 +53,7 @@ def delete_leftovers(tx: Transaction, task_no: int, inbox_head: int, has_checkpo
 
 def free_next(tx: Transaction, session_id: str, service_name: str) -> tuple[Ticket, ...]:
     """Queue the first held task of the line, if nothing stands before it."""
+    tx.hold_lines((session_id,))
     row = tx.one(tx.sql.free_next, {"session_id": session_id, "service_name": service_name})
     return () if row is None else (Ticket(row[0], service_name),)
 
@@ -61,10 +62,11 @@ def used_epochs(tx: Transaction) -> int:
     """An epoch behind all those of deleted tasks whose ids clients chose. An id that is accepted again begins with it: who
     still works on the deleted task is fenced from the new one, claimed or not."""
     row = tx.one(tx.sql.get_meta, {"key": _USED_EPOCHS})
-    return 0 if row is None else int(row[0])
+    tx.used_epochs = 0 if row is None else int(row[0])
+    return tx.used_epochs
 
 
 def forget_epochs(tx: Transaction, highest: int) -> None:
     """Tasks are deleted, with epochs up to this one."""
     if highest and highest >= used_epochs(tx):
-        tx.run(tx.sql.put_meta, {"key": _USED_EPOCHS, "value": str(highest + 1)})
+        tx.run(tx.sql.raise_meta, {"key": _USED_EPOCHS, "value": str(highest + 1)})

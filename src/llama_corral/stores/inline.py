@@ -7,7 +7,7 @@ from typing import Any
 
 import anyio.lowlevel
 
-from .transaction import Connection
+from .transaction import NAMELESS, Connection, Names
 from .work import T, Unit, Work, closed, run_alone
 
 
@@ -19,7 +19,7 @@ class Inline:
         self._open = True
         self._units = 0
 
-    async def submit(self, unit: Unit[T], *arguments: Any) -> T:
+    async def submit(self, unit: Unit[T], *arguments: Any, names: Names = NAMELESS) -> T:
         # The only point at which the caller can be cancelled: before anything was done.
         await anyio.lowlevel.checkpoint()
         if not self._open:

@@ -25,7 +25,7 @@ def request_cancel(tx: Transaction, task_id: str, now: float) -> SendAnswer | Us
 def expire(tx: Transaction, now: float, limit: int) -> list[SendAnswer]:
     ended: list[SendAnswer] = []
     for overdue in tx.sql.overdue.values():
-        states = map(TaskState._make, tx.all(overdue, {"now": now, "limit": limit - len(ended)}))
+        states = map(TaskState._make, tx.take(overdue, {"now": now}, limit - len(ended)))
         ended += [end_unowned(tx, state, TaskStatus.TIMED_OUT, TIMED_OUT_ERROR, now) for state in states]
     return ended
 
@@ -51,7 +51,7 @@ def send(tx: Transaction, task_id: str, payload: str, now: float) -> SendAnswer 
 
 def wake(tx: Transaction, now: float, limit: int) -> list[Ticket]:
     tickets: list[Ticket] = []
-    for row in tx.all(tx.sql.waking, {"now": now, "limit": limit}):
+    for row in tx.take(tx.sql.waking, {"now": now}, limit):
         state = TaskState._make(row)
         if tx.run(tx.sql.requeue_unowned, {"task_no": state.no}):
             tickets.append(state.ticket())

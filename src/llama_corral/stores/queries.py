@@ -120,6 +120,17 @@ def count_tasks(tx: Transaction) -> Mapping[str, Mapping[str, int]]:
     return counts
 
 
+def oldest_queued(tx: Transaction, now: float) -> Mapping[str, float]:
+    """One step into an index for each service, and one for each task before the first that may start."""
+    found: dict[str, float] = {}
+    for service_name, numbers in count_tasks(tx).items():
+        if numbers.get(TaskStatus.QUEUED):
+            row = tx.one(tx.sql.oldest_queued, {"service_name": service_name, "now": now})
+            if row is not None:
+                found[service_name] = max(float(row[0]), float(row[1] or 0.0))
+    return found
+
+
 def list_tasks(tx: Transaction, which: TaskFilter, limit: int) -> list[TaskRecord] | NotFound:
     before = NEWEST
     if which.before is not None:

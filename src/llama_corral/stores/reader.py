@@ -20,6 +20,8 @@ from .work import T, Unit, Work, closed, explain
 
 BATCH = 64
 """The most reads before the first of them is answered."""
+ATTEMPTS = 2
+"""How often a batch is read whose connection was gone."""
 
 
 class Reader:
@@ -94,20 +96,36 @@ class Reader:
 
     def _answer(self, batch: list[Work[Any]]) -> None:
         connection = self._connection
-        try:
-            # Began after every read of the batch was asked for, so it sees what their callers have written.
-            connection.begin_read()
-            for work in batch:
-                try:
-                    work.succeed(work.run(connection.tx))
-                except Exception as error:
+        attempts = ATTEMPTS
+        while batch:
+            try:
+                self._read(batch)
+                return
+            except Exception as error:
+                attempts -= 1
+                passes = connection.may_pass(error) and attempts > 0
+                connection.rollback()
+                batch = [work for work in batch if not work.has_outcome]
+                for work in () if passes else batch:
                     work.fail(explain(connection, error))
-            connection.commit()
-        except Exception as error:
-            for work in batch:
-                if not work.has_outcome:
-                    work.fail(explain(connection, error))
-            connection.rollback()
+                if not passes:
+                    return
+
+    def _read(self, batch: list[Work[Any]]) -> None:
+        """Raises what keeps the rest of the batch from being read."""
+        connection = self._connection
+        # Began after every read of the batch was asked for, so it sees what their callers have written.
+        connection.begin_read()
+        for work in batch:
+            try:
+                work.succeed(work.run(connection.tx))
+            except Exception as error:
+                if connection.may_pass(error):
+                    raise
+                work.fail(explain(connection, error))
+                connection.rollback()  # after an error, PostgreSQL reads nothing more in a transaction
+                connection.begin_read()
+        connection.commit()
 
     # In the event loop
 

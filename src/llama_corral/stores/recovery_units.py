@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import uuid
 from collections.abc import Sequence
 from typing import Final
@@ -10,7 +11,7 @@ from typing import Final
 from ..exceptions import Conflict, NotFound, UsageError
 from ..protocol.lifecycle import TaskStatus
 from ..protocol.messages import ErrorRecord
-from ..protocol.records import Accepted, Checkpoint, HeartbeatAnswer, HeldTask, NewTask, Ticket
+from ..protocol.records import Accepted, Checkpoint, HeartbeatAnswer, HeldTask, NewTask, Reaped, SendAnswer, Ticket
 from .accept_units import accept, accepted_before
 from .endings import CANCELLED_ERROR, end_unowned, no_such_task
 from .rows import TaskState, lock_state, put_checkpoint, retry_policy, stored_checkpoint
@@ -20,37 +21,44 @@ RETRIED: Final = uuid.UUID("6c6c616d-612d-5272-8574-72792d746173")
 """The namespace of the ids of repeated tasks."""
 
 
-def reap(tx: Transaction, dead_instances: Sequence[str], now: float) -> list[Ticket]:
-    tickets: list[Ticket] = []
+def reap(tx: Transaction, dead_instances: Sequence[str], now: float) -> Reaped:
+    taken: list[Ticket | SendAnswer] = []
     for instance_id in dead_instances:
         tx.run(tx.sql.delete_instance, {"instance_id": instance_id})
-        for row in tx.all(tx.sql.owned_by, {"instance_id": instance_id}):
-            tickets += _take_away(tx, TaskState._make(row), now)
-    return tickets
+        for row in tx.take(tx.sql.owned_by, {"instance_id": instance_id}):
+            taken += _take_away(tx, TaskState._make(row), now)
+    return _reaped(taken)
 
 
-def reclaim(tx: Transaction, instance_id: str, strays: Sequence[HeldTask], now: float) -> list[Ticket]:
-    tickets: list[Ticket] = []
+def reclaim(tx: Transaction, instance_id: str, strays: Sequence[HeldTask], now: float) -> Reaped:
+    taken: list[Ticket | SendAnswer] = []
+    tx.hold_lines(of_tasks=[stray.task_id for stray in strays])
     for stray in strays:
         state = lock_state(tx, stray.task_id)
         if state is None or state.owner != instance_id or state.epoch != stray.epoch or state.is_ended:
             continue
-        tickets += _take_away(tx, state, now)
-    return tickets
+        taken += _take_away(tx, state, now)
+    return _reaped(taken)
 
 
-def _take_away(tx: Transaction, state: TaskState, now: float) -> Sequence[Ticket]:
+def _take_away(tx: Transaction, state: TaskState, now: float) -> Sequence[Ticket | SendAnswer]:
     """Queue a task again that its owner has lost, or end it where that makes no sense any more."""
     tx.run(tx.sql.orphan, {"task_no": state.no, "instance_id": state.owner})
     if state.cancel_requested:
-        return end_unowned(tx, state, TaskStatus.CANCELLED, CANCELLED_ERROR, now).tickets
+        return (end_unowned(tx, state, TaskStatus.CANCELLED, CANCELLED_ERROR, now),)
     if state.attempts + 1 >= state.max_attempts:
         message = f"The worker was lost {state.attempts + 1} times in a row."
         if state.retry is not None:
             message = f"The worker was lost, and {state.attempts + 1} attempts in a row have failed."
         error = ErrorRecord(type="worker_lost", message=message, retryable=True)
-        return end_unowned(tx, state, TaskStatus.FAILED, error, now).tickets
+        return (end_unowned(tx, state, TaskStatus.FAILED, error, now),)
     return (state.ticket(),) if tx.run(tx.sql.requeue_unowned, {"task_no": state.no}) else ()
+
+
+def _reaped(taken: Sequence[Ticket | SendAnswer]) -> Reaped:
+    ended = tuple(each for each in taken if isinstance(each, SendAnswer))
+    queued = (each.tickets if isinstance(each, SendAnswer) else (each,) for each in taken)
+    return Reaped(tuple(itertools.chain.from_iterable(queued)), ended)
 
 
 def heartbeat(tx: Transaction, instance_id: str, held: Sequence[HeldTask]) -> HeartbeatAnswer:

@@ -25,16 +25,7 @@ def report(tx: Transaction, report: Report) -> ReportAnswer:
         row = _end(tx, report, terminal)
     if row is None:
         return _not_written(tx, report)
-    task_no, event_count = row[:2]
-    if report.events:
-        first = event_count - len(report.events)
-        tx.run_many(
-            tx.sql.insert_event,
-            [
-                {"task_no": task_no, "idx": index, "epoch": report.epoch, "type": event.type, "payload": event.payload}
-                for index, event in enumerate(report.events, first)
-            ],
-        )
+    event_count = row[1]
     if terminal is None or retry_at is not None:
         return ReportAnswer("ok", event_count, retry_at=retry_at)
     return ReportAnswer("ok", event_count, _after_ending(tx, report, terminal, row))
@@ -65,7 +56,7 @@ def _try_again(tx: Transaction, report: Report, terminal: Terminal, retry_at: fl
         "retry_at": retry_at,
         "new_error": None if terminal.error is None else terminal.error.model_dump_json(),
     }
-    return tx.one(tx.sql.try_again, values)
+    return tx.log(tx.sql.try_again, values, report.events)
 
 
 def _note(tx: Transaction, report: Report) -> Row | None:
@@ -76,7 +67,7 @@ def _note(tx: Transaction, report: Report) -> Row | None:
         "added": len(report.events),
         **_counts_of(report.checkpoint),
     }
-    row = tx.one(tx.sql.report[report.waiting], values)
+    row = tx.log(tx.sql.report[report.waiting], values, report.events)
     if row is not None and report.checkpoint is not None:
         task_no, event_count, service_name = row
         checkpoint = dataclasses.replace(report.checkpoint, event_count=event_count)
@@ -110,7 +101,7 @@ def _end(tx: Transaction, report: Report, terminal: Terminal) -> Row | None:
         "new_context_saved": saved,
         "new_context_error": terminal.context_error,
     }
-    return tx.one(tx.sql.end_held[terminal.status], values)
+    return tx.log(tx.sql.end_held[terminal.status], values, report.events)
 
 
 def _after_ending(tx: Transaction, report: Report, terminal: Terminal, row: Row) -> tuple[Ticket, ...]:
@@ -119,6 +110,7 @@ def _after_ending(tx: Transaction, report: Report, terminal: Terminal, row: Row)
         delete_leftovers(tx, task_no, inbox_head, has_checkpoint)
     if implicit_session:
         return ()
+    tx.hold_lines((session_id,))
     if terminal.status is TaskStatus.COMPLETED and report.context is not None and terminal.context_error is None:
         why = _save_context(tx, session_id, service_name, report.context)
         if why is not None:

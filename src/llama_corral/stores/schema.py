@@ -37,9 +37,18 @@ _FROM_1 = (
     "CREATE INDEX corral_tasks_finished ON corral_tasks (finished_at) WHERE finished_at IS NOT NULL",
 )
 
-MIGRATIONS: Mapping[int, tuple[str, ...]] = {1: _FROM_1}
-"""The SQL that leads from a schema version to the next one. Runs in one transaction with the new version row. Version 1 was
-never on anything but SQLite."""
+MIGRATIONS: Mapping[str, Mapping[int, tuple[str, ...]]] = {"sqlite": {1: _FROM_1}, "postgresql": {}}
+"""By dialect: the SQL that leads from a schema version to the next one. Runs in one transaction with the new version row.
+Version 1 was never on anything but SQLite."""
+
+
+# Rows that are changed again and again: room beside them keeps a change that no index sees out of the indexes, what is dead
+# goes before much of it has gathered, and how many of them are open is counted while that is still nearly true.
+_STORAGE = tuple(
+    f"ALTER TABLE {name} SET (fillfactor = 85, autovacuum_vacuum_scale_factor = 0.02, "
+    "autovacuum_analyze_scale_factor = 0.01)"
+    for name in ("corral_tasks", "corral_checkpoints")
+)
 
 
 def creation(dialect: Dialect) -> list[str]:
@@ -50,10 +59,12 @@ def creation(dialect: Dialect) -> list[str]:
         # A set of Core, ordered here so that two runs create the same file.
         indexes = sorted(table.indexes, key=lambda index: str(index.name))
         statements += [str(sa.schema.CreateIndex(index).compile(dialect=dialect)) for index in indexes]
+    if dialect.name == "postgresql":
+        statements += _STORAGE
     return statements
 
 
-def steps_from(found: int) -> list[str]:
+def steps_from(found: int, dialect: str) -> list[str]:
     """The statements that lead from the found version to ours.
 
     Raises:
@@ -68,7 +79,11 @@ def steps_from(found: int) -> list[str]:
         )
     steps: list[str] = []
     for version in range(found, tables.SCHEMA_VERSION):
-        if version not in MIGRATIONS:
-            raise StoreError(f"The store has schema version {found}, from which no migration is known.", found=found)
-        steps += MIGRATIONS[version]
+        if version not in MIGRATIONS[dialect]:
+            raise StoreError(
+                f"The store has schema version {found}, from which no migration is known.",
+                hint="Restore it from a backup, or start with an empty store.",
+                found=found,
+            )
+        steps += MIGRATIONS[dialect][version]
     return steps

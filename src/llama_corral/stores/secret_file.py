@@ -12,7 +12,7 @@ from typing import Final
 from pydantic import SecretStr
 
 from ..exceptions import StoreError
-from .store import _sqlite_path
+from .urls import sqlite_path
 
 _BYTES: Final = 32
 _ELSEWHERE: Final = "or set CORRAL_STATE_SECRET"
@@ -106,12 +106,13 @@ class SecretFile:
 
 
 def read_secret_file(url: str) -> SecretFile | None:
-    """The secret of the store that a URL names; None for one in memory, which needs none. Blocks.
+    """The secret of the store that a URL names; None for one in memory, which needs none, and for one on a server, which has
+    no place of its own for it. Blocks.
 
     Raises:
         StoreError: the URL names no store that can be used, or there is a secret that cannot be used.
     """
-    path = _sqlite_path(url)
+    path = sqlite_path(url)
     return None if path is None else SecretFile(path)
 
 

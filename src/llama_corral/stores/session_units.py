@@ -70,6 +70,8 @@ def merge_state(tx: Transaction, session_id: str, changes: str) -> SessionRecord
 
 def delete_session(tx: Transaction, session_id: str) -> DeletedSession | None:
     key = {"session_id": session_id}
+    tx.hold_lines((session_id,))
+    tx.hold_tasks(session_id)
     running = tx.all(tx.sql.session_owned, key)
     if not tx.run(tx.sql.delete_session, key):
         return None

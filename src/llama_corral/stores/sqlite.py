@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from ..exceptions import BadInput, CorralError, StoreError, StoreUnavailable
 from ..protocol.sealing import Sealer
 from . import schema, tables
 from .process_lock import ProcessLock
 from .statements import DIALECTS, Statements, statements_for
-from .transaction import Transaction
-
-Durability = Literal["normal", "full"]
+from .transaction import Durability, Names, Transaction
 
 APPLICATION_ID: Final = 0x4C4C4352  # "LLCR" in the header of the file: it is ours
 _MAGIC: Final = b"SQLite format 3\0"
@@ -38,7 +37,10 @@ class SqliteConnection:
         self._cursor = connection.cursor()
         self.tx = Transaction(self._cursor, sql, sealer)
 
-    def begin(self) -> None:
+    def arrange(self, names: Sequence[Names]) -> list[list[int]]:
+        return [list(range(len(names)))] if names else []
+
+    def begin(self, names: Sequence[Names] = ()) -> None:
         self._cursor.execute("BEGIN IMMEDIATE")
 
     def begin_read(self) -> None:
@@ -68,8 +70,14 @@ class SqliteConnection:
         self._cursor.execute("RELEASE unit")
         return True
 
+    def may_pass(self, error: Exception) -> bool:
+        return False
+
     def translate(self, error: Exception) -> CorralError | None:
         return translate(error)
+
+    def hurry(self, seconds: float) -> None:
+        """A file answers or fails by itself."""
 
     def close(self) -> None:
         self._connection.close()
@@ -100,8 +108,12 @@ class SqliteDatabase:
         sealer: What seals the state that runs go on from.
     """
 
+    exclusive = True
+    batch_size = 256
+
     def __init__(self, path: Path | None, durable: Durability, sealer: Sealer | None = None) -> None:
         self.path = path
+        self.inline = path is None
         self._sealer = sealer
         self._file: Path | str = ":memory:"
         self._durable = durable
@@ -196,7 +208,7 @@ def _prepare(connection: sqlite3.Connection, path: Path | None) -> None:
     try:
         (count,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if count:
-            statements = schema.steps_from(_schema_version(connection, path))
+            statements = schema.steps_from(_schema_version(connection, path), "sqlite")
         else:
             # Before WAL is switched on, so that the header says whose the file is even if we are killed right after.
             statements = [f"PRAGMA application_id = {APPLICATION_ID}", *schema.creation(DIALECTS["sqlite"]())]

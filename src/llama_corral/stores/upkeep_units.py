@@ -16,7 +16,7 @@ ROWS_A_TASK: Final = 10
 
 
 def purge(tx: Transaction, before: float, limit: int) -> int:
-    ended = _few_rows(tx.all(tx.sql.ended_before, {"before": before, "limit": limit}), limit * ROWS_A_TASK)
+    ended = _few_rows(tx.take(tx.sql.ended_before, {"before": before}, limit, wait=False), limit * ROWS_A_TASK)
     everything = [{"task_no": row[0]} for row in ended]
     # The counters of a row say what it has; keys alone find it.
     for statement, counter in (
@@ -30,7 +30,7 @@ def purge(tx: Transaction, before: float, limit: int) -> int:
     if everything:
         tx.run_many(tx.sql.delete_task, everything)
         forget_epochs(tx, max((epoch for *_, epoch, digest in ended if digest is not None), default=0))
-    letters = tx.all(tx.sql.dead_letters_before, {"before": before, "limit": limit - len(ended)})
+    letters = tx.take(tx.sql.dead_letters_before, {"before": before}, limit - len(ended), wait=False)
     if letters:
         tx.run_many(tx.sql.delete_dead_letter, [{"no": no} for (no,) in letters])
     return len(ended) + len(letters)

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import anyio
 
 from ..exceptions import StoreUnavailable, UsageError
-from .transaction import Connection, Transaction
+from .transaction import NAMELESS, Connection, Names, Transaction
 
 T = TypeVar("T")
 Unit = Callable[..., T | UsageError]
@@ -22,11 +22,12 @@ def closed() -> StoreUnavailable:
 class Work(Generic[T]):
     """A unit with its arguments and, later, its outcome. `done` is set once there is an outcome."""
 
-    __slots__ = ("_arguments", "_result", "_unit", "done", "error", "has_outcome", "taken", "withdrawn")
+    __slots__ = ("_arguments", "_result", "_unit", "done", "error", "has_outcome", "names", "taken", "withdrawn")
 
-    def __init__(self, unit: Unit[T], arguments: tuple[Any, ...]) -> None:
+    def __init__(self, unit: Unit[T], arguments: tuple[Any, ...], names: Names = NAMELESS) -> None:
         self._unit = unit
         self._arguments = arguments
+        self.names = names
         self._result: T
         self.done = anyio.Event()
         self.taken = False

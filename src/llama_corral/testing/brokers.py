@@ -50,7 +50,8 @@ class BrokerContract(MessageQueueContract):
     """The suite for queues that a server keeps. Tests that only use it share `url`; those that break it start their own."""
 
     url: str
-    """Where `open_queue` finds the server that all tests share."""
+    """Where `open_queue` finds the server that all tests share. A process that is killed uses it as it is, so it says a
+    short lease where there is one."""
     redelivery_timeout = 15.0
     quiet = 0.1
     restart_patience = 30.0

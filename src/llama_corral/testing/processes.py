@@ -6,8 +6,9 @@ async with open_stack(["app.py:flow"], workers=2) as stack, Client(stack.url) as
     await stack.workers[0].restart()
     print(await task.result())
 
-Works on both backends. The programs use free ports and a store of their own, are waited for by what they print, and end
-with the block, however it ends: also with the process that runs the tests.
+Works on both backends. The programs use free ports and, unless told otherwise, a store of their own; they are waited for by
+what they print, and end with the block, however it ends: also with the process that runs the tests. Brokers and databases
+that a test breaks as well are in `servers/`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final
 
+from ..queues.urls import credentials_of
 from ..supervision import SupportGroup, open_support_group
 from .children import Child
 
@@ -71,9 +73,11 @@ class Stack:
     """What `open_stack` started.
 
     Attributes:
-        folder: Where the programs run, with the store and the files of their output.
-        main: `corral serve` or `corral core`.
-        workers: The workers, in the order of their start.
+        folder: Where the programs run, with the files of their output.
+        store_url: Of the store: a file in the folder, or what was given.
+        queue_url: Of the broker; None: the cores have a queue of their own.
+        cores: `corral serve`, or each `corral core`.
+        workers: The workers, in the order in which they were made.
     """
 
     def __init__(
@@ -83,34 +87,53 @@ class Stack:
         targets: Sequence[str],
         worker_options: Sequence[str],
         environment: Mapping[str, str],
+        *,
+        store_url: str | None = None,
+        queue_url: str | None = None,
     ) -> None:
         self.folder = folder
+        self.store_url = store_url or f"sqlite:///{self.store_path}"
+        self.queue_url = queue_url
+        self.cores: list[Program] = []
         self.workers: list[Program] = []
-        self.main: Program
         self._group = group
         self._targets = tuple(targets)
         self._worker_options = tuple(worker_options)
         self._environment = dict(environment)
 
     @property
+    def main(self) -> Program:
+        """`corral serve`, or the first core."""
+        return self.cores[0]
+
+    @property
     def url(self) -> str:
-        """Where clients reach it. It stays the same over restarts."""
+        """Where clients reach `main`. It stays the same over restarts."""
         return self.main.url
 
     @property
     def store_path(self) -> Path:
-        """The file of the store."""
+        """The file of the store, unless another one was given."""
         return self.folder / "corral.db"
 
     @property
     def programs(self) -> list[Program]:
         """All of them."""
-        return [self.main, *self.workers]
+        return [*self.cores, *self.workers]
 
-    def make_main(self, command: str, options: Sequence[str]) -> Program:
+    def make_core(self, command: str, options: Sequence[str]) -> Program:
+        """`corral serve` or one more `corral core`, not started yet."""
         targets = self._targets if command == "serve" else ()
-        places = ("--port", "0", "--store", f"sqlite:///{self.store_path}")
-        return Program(self._group, command, (command, *targets, *places, *options), self.folder, self._environment)
+        queue = () if self.queue_url is None else ("--queue", self.queue_url)
+        core = Program(
+            self._group,
+            command if command == "serve" else f"core-{len(self.cores)}",
+            (command, *targets, "--port", "0", "--store", self.store_url, *queue, *options),
+            self.folder,
+            self._environment,
+        )
+        self.cores.append(core)
+        return core
 
     async def add_worker(
         self, *options: str, targets: Sequence[str] | None = None, environment: Mapping[str, str] | None = None
@@ -123,17 +146,24 @@ class Stack:
     def make_worker(
         self, *options: str, targets: Sequence[str] | None = None, environment: Mapping[str, str] | None = None
     ) -> Program:
-        """One more worker, not started yet."""
-        arguments = ("worker", *(self._targets if targets is None else targets), "--control-plane", self.url)
+        """One more worker for all the cores, which have to be ready; it is not started yet."""
+        urls = ",".join(core.url for core in self.cores)
+        arguments = ("worker", *(self._targets if targets is None else targets), "--control-plane", urls)
         worker = Program(
             self._group,
             f"worker-{len(self.workers)}",
             (*arguments, *self._worker_options, *options),
             self.folder,
-            {**self._environment, **(environment or {})},
+            {**self._queue_credentials(), **self._environment, **(environment or {})},
         )
         self.workers.append(worker)
         return worker
+
+    def _queue_credentials(self) -> dict[str, str]:
+        user, password = credentials_of(self.queue_url or "")
+        return ({} if user is None else {"CORRAL_QUEUE_USER": user}) | (
+            {} if password is None else {"CORRAL_QUEUE_PASSWORD": password}
+        )
 
     def describe(self) -> str:
         """The last lines of each program's output."""
@@ -149,6 +179,9 @@ async def open_stack(
     targets: Sequence[str] = (),
     *,
     workers: int | None = None,
+    cores: int = 1,
+    store_url: str | None = None,
+    queue_url: str | None = None,
     folder: Path | None = None,
     options: Sequence[str] = (),
     worker_options: Sequence[str] = (),
@@ -161,6 +194,11 @@ async def open_stack(
     Args:
         targets: What is served, as on the command line; files with an absolute path.
         workers: None: one process, `corral serve`. A number: `corral core` and so many workers.
+        cores: How many times `corral core`; they share the store and the queue. Workers know all of them.
+        store_url: Of a store that is there already, such as a database that several cores can share; None: a file in the
+            folder.
+        queue_url: Of a broker; None: the cores' own queue. Workers ask the cores for it, and have what opens it in their
+            environment.
         folder: Where the store and the logs are; None: a temporary folder, which is removed.
         options: More options of `corral serve` or `corral core`.
         worker_options: More options of every worker.
@@ -174,15 +212,21 @@ async def open_stack(
             folder = Path(tempfile.mkdtemp(prefix="corral-test-"))
             places.callback(shutil.rmtree, folder, ignore_errors=True)
         group = await places.enter_async_context(open_support_group())
-        stack = Stack(group, folder, targets, worker_options, environment or {})
-        stack.main = stack.make_main("serve" if workers is None else "core", options)
+        stack = Stack(
+            group, folder, targets, worker_options, environment or {}, store_url=store_url, queue_url=queue_url
+        )
         with _showing(stack):
-            await stack.main.start()
-            for _ in range(workers or 0):
-                await stack.make_worker().launch()
-            for worker in stack.workers:
-                await worker.wait_ready()
+            await _start([stack.make_core("serve" if workers is None else "core", options) for _ in range(cores)])
+            await _start([stack.make_worker() for _ in range(workers or 0)])
             yield stack
+
+
+async def _start(programs: Sequence[Program]) -> None:
+    """All at a time."""
+    for program in programs:
+        await program.launch()
+    for program in programs:
+        await program.wait_ready()
 
 
 @contextmanager

@@ -64,6 +64,10 @@ class FaultyStore(CallFaults, Store):
         self.inner = inner
         self.disk_full = False
 
+    @property
+    def exclusive(self) -> bool:  # type: ignore[override]  # an attribute of the seam
+        return self.inner.exclusive
+
     async def __aenter__(self) -> Self:
         await self.inner.__aenter__()
         return self
@@ -118,3 +122,4 @@ class FaultyStore(CallFaults, Store):
     list_tasks = _passed_on("list_tasks")
     read_events = _passed_on("read_events")
     count_tasks = _passed_on("count_tasks")
+    oldest_queued = _passed_on("oldest_queued")

@@ -32,6 +32,7 @@ from ...web import Routes
 from .. import checks
 from ..effects import MESSAGES_INSTANCE
 from ..plane import ControlPlane
+from .surroundings import Surroundings
 
 MAX_CAPACITY: Final = 1_000_000
 REPORT_BODY_LIMIT: Final = 32_000_000
@@ -60,8 +61,9 @@ class InstanceRoutes:
         now: The wall clock. Times of reports are those of the control plane, so that clocks are not mixed.
     """
 
-    def __init__(self, plane: ControlPlane, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, plane: ControlPlane, surroundings: Surroundings, now: Callable[[], float] = time.time) -> None:
         self.plane = plane
+        self.surroundings = surroundings
         self.now = now
 
     def routes(self) -> list[Routes]:
@@ -73,6 +75,7 @@ class InstanceRoutes:
         routes.add("POST", calls.RELEASE, self.release, hot=True, body_limit=REPORT_BODY_LIMIT)
         routes.add("POST", calls.HEARTBEAT, self.heartbeat, hot=True)
         routes.add("POST", calls.PULL, self.pull, hot=True)
+        routes.add("GET", calls.QUEUE, self.get_queue)
         return [routes]
 
     async def register(self, body: ServiceInfo) -> Registration:
@@ -124,6 +127,11 @@ class InstanceRoutes:
         """Outside events of a task after a cursor, and whether it is to be cancelled."""
         _check_numbers(body.epoch, body.after)
         return await self.plane.pull(body.task_id, body.epoch, body.after)
+
+    async def get_queue(self) -> calls.QueueInfo:
+        """Where instances find the message queue. They have its credentials from elsewhere. No URL: it is served here,
+        below `/queue`."""
+        return calls.QueueInfo(self.surroundings.queue_url, self.plane.config.topic_namespace)
 
 
 def _check_instance(instance_id: str) -> None:

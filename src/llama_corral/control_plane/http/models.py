@@ -235,7 +235,10 @@ class TaskPage(BaseModel):
 
 
 class ServiceStatus(BaseModel):
-    """Open tasks by status, and the live instances of the service with the runs they can have at a time."""
+    """Open tasks by status, and the live instances of the service with the runs they can have at a time.
+
+    `oldest_queued`: seconds for which the task at the front of the line could have been claimed; null without a line.
+    """
 
     held: int
     queued: int
@@ -243,11 +246,18 @@ class ServiceStatus(BaseModel):
     waiting: int
     instances: int
     capacity: int
+    oldest_queued: float | None
 
 
 class StatusAnswer(BaseModel):
+    """`store`, `queue`: what they are: sqlite, postgresql; memory, redis, ... `control_planes`: how many there are on the
+    store, as far as this one has heard of others lately."""
+
     services: dict[str, ServiceStatus]
     draining: bool
+    store: str | None
+    queue: str
+    control_planes: int
 
 
 def session_definition(session: SessionRecord) -> SessionDefinition:

@@ -21,13 +21,15 @@ from ...web import Request, Routes, Wakeup, wait_changed
 from ..checks import check_id
 from ..plane import ControlPlane
 from .models import Strict
+from .surroundings import Surroundings
 
 logger = logging.getLogger(__name__)
 
 MAX_WAIT: Final = 60.0
 """Seconds that a long poll may last."""
 SHORTEST_WAIT: Final = 0.05
-"""Seconds in which a queue hands over a message that it has."""
+BROKERS_WAIT: Final = 0.5
+"""Seconds in which a queue hands over a message that it has: one in this process, and a broker."""
 MAX_TOPICS: Final = 10_000
 """Topics made by `POST /topics/{topic}` that are remembered; beyond it no more are made."""
 
@@ -45,8 +47,11 @@ class QueueRoutes:
         leased: The consumers and subscriptions of clients; its `run` has to run.
     """
 
-    def __init__(self, plane: ControlPlane) -> None:
+    def __init__(self, plane: ControlPlane, surroundings: Surroundings) -> None:
         self.queue = plane.queue
+        self.shortest_wait = SHORTEST_WAIT if surroundings.queue_url is None else BROKERS_WAIT
+        # Others may make topics too, of which nothing is known here.
+        self.knows_all = plane.alone and surroundings.queue_url is None
         self.leased = LeasedQueue(plane.queue, lease=plane.config.lease)
         self._topics: set[str] = set()
 
@@ -72,7 +77,8 @@ class QueueRoutes:
         self._remember(topic)
 
     async def publish_message(self, topic: str, body: QueueMessage) -> None:
-        """Publish a message. 404 if nobody made the topic, or uses it."""
+        """Publish a message. 404 if nobody made the topic, or uses it, and if that is known here: not of a broker that
+        others use too."""
         self._check_known(topic)
         await self.queue.publish(body, topic)
 
@@ -80,7 +86,7 @@ class QueueRoutes:
         """Take one message off a topic; null if there is none. It is not given back if the answer is lost."""
         self._check_known(topic)
         async with self.queue.consumer(topic) as consumer:
-            with anyio.move_on_after(max(query.wait, SHORTEST_WAIT)):
+            with anyio.move_on_after(max(query.wait, self.shortest_wait)):
                 deliveries = await consumer.receive()
                 for delivery in deliveries:
                     with anyio.CancelScope(shield=True):
@@ -90,7 +96,9 @@ class QueueRoutes:
 
     def _check_known(self, topic: str) -> None:
         # What the queue itself knows is made by whoever used it: services, the control plane, clients of ours.
-        if topic not in self._topics and topic not in self.queue.statistics()["topics"]:
+        if not self.knows_all:
+            check_id(topic, "topic")
+        elif topic not in self._topics and topic not in self.queue.statistics()["topics"]:
             raise NotFound(f"topic {topic} not found", hint="POST /topics/{topic} makes it.", topic=topic)
 
     def _remember(self, topic: str) -> None:
@@ -137,7 +145,7 @@ class QueueRoutes:
             found = await lease.receive(body.seq, max(1, body.max_messages))
 
         with lease.in_use():
-            wakeup = await wait_changed(take, request.drain, max(SHORTEST_WAIT, min(body.wait, MAX_WAIT)))
+            wakeup = await wait_changed(take, request.drain, max(self.shortest_wait, min(body.wait, MAX_WAIT)))
         known = bool(found) or self.leased.get(body.lease_id) is not None
         return calls.ReceiveAnswer(found, known=known, draining=wakeup is Wakeup.DRAIN)
 

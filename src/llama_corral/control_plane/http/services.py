@@ -13,6 +13,7 @@ from ..plane import ControlPlane
 from ..sessions import no_such_service
 from .models import DeadLetterPage, DeadLettersQuery, ServiceQuery, StatusAnswer, dead_letter_item
 from .queue import simple_queue_config
+from .surroundings import Surroundings
 
 _SECRET = re.compile(r"pass|secret|token|credential|(^|_)key|auth", re.IGNORECASE)
 _USERINFO = re.compile(r"(?<=://)[^/?#\s]*@")
@@ -30,8 +31,9 @@ def without_credentials(value: Any) -> Any:
 class ServiceRoutes:
     """The original's `Control Plane`, `Message Queue` and `Services` routes, and `/status`."""
 
-    def __init__(self, plane: ControlPlane, queue_config: Mapping[str, Any] | None) -> None:
+    def __init__(self, plane: ControlPlane, queue_config: Mapping[str, Any] | None, surroundings: Surroundings) -> None:
         self.plane = plane
+        self.surroundings = surroundings
         self.queue_config = None if queue_config is None else without_credentials(queue_config)
 
     def routes(self) -> list[Routes]:
@@ -66,14 +68,30 @@ class ServiceRoutes:
         await self.plane.process_message(body)
 
     async def status(self) -> StatusAnswer:
-        """How much waits and runs, by service."""
+        """How much waits and runs, by service; and what this control plane works with."""
         return StatusAnswer.model_validate(
-            {"services": await self.plane.services.status(), "draining": self.plane.draining}
+            {
+                "services": await self.plane.services.status(),
+                "draining": self.plane.draining,
+                "store": self.surroundings.store,
+                "queue": self.surroundings.queue,
+                "control_planes": self.plane.statistics()["control_planes"],
+            }
         )
 
     async def get_message_queue_config(self, request: Request) -> dict[str, dict[str, Any]]:
-        """Which message queue the original's services are to use. Credentials are never part of it."""
-        return simple_queue_config(request) if self.queue_config is None else dict(self.queue_config)
+        """Which message queue the original's services are to use. Credentials are never part of it.
+
+        The original takes the first one, which works for its services whatever the queue is: this server is a bridge to it.
+        The second one says what that is.
+        """
+        if self.queue_config is not None:
+            return dict(self.queue_config)
+        config = simple_queue_config(request)
+        if self.surroundings.queue_url is not None:
+            settings = {"type": self.surroundings.queue, "url": self.surroundings.queue_url}
+            config[f"{type(self.plane.queue).__name__}Config"] = settings
+        return config
 
     async def list_dead_letters(self, query: DeadLettersQuery) -> DeadLetterPage:
         """Messages that nobody could read or handle, newest first."""

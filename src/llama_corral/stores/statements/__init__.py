@@ -13,11 +13,14 @@ from collections.abc import Callable
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine.interfaces import Dialect
 
+from .base import Logging as Logging
+from .base import Taking as Taking
 from .children import Children
 from .lives import Lives
 from .outside import Outside
 from .reads import Reads
 from .registry import Registry
+from .shared import Shared
 from .upkeep import Upkeep
 
 DIALECTS: dict[str, Callable[[], Dialect]] = {
@@ -32,7 +35,7 @@ def statements_for(dialect: str) -> Statements:
     return Statements(DIALECTS[dialect]())
 
 
-class Statements(Registry, Lives, Children, Outside, Reads, Upkeep):
+class Statements(Registry, Lives, Children, Outside, Reads, Upkeep, Shared):
     """The statements as SQL text of one dialect."""
 
     def __init__(self, dialect: Dialect) -> None:
@@ -49,3 +52,5 @@ class Statements(Registry, Lives, Children, Outside, Reads, Upkeep):
         self._define_due()
         self._define_retention()
         self._define_dead_letters()
+        if dialect.name != "sqlite":
+            self._define_shared()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from ...protocol.lifecycle import ENDINGS, TaskStatus, Trigger, sources
-from ..tables import EXPLICIT, IS_OPEN, sessions, status_in, status_literal, tasks
-from .base import CLAIM, ONE, OWNED, ZERO, Base, target_of
+from ...protocol.lifecycle import ENDINGS, OPEN, TaskStatus, Trigger, sources
+from ..tables import EXPLICIT, is_in, of_row, sessions, status_in, status_literal, tasks
+from .base import CLAIM, ONE, OWNED, ZERO, Base, Logging, target_of
 
 _t = tasks.c
 _b = sa.bindparam
@@ -30,10 +30,11 @@ class Lives(Base):
             self._insert_into(tasks, *names).on_conflict_do_nothing(index_elements=["task_id"])
         )
         by_id = _t.task_id == _b("task_id")
+        self.set_epoch = self._sql(sa.update(tasks).where(by_id).values(epoch=_b("new_epoch")))
         self.accepted_task = self._sql(sa.select(_t.session_id, _t.status, _t.digest).where(by_id))
         self.claim = self._sql(
             sa.update(tasks)
-            .where(by_id, status_in(sources(Trigger.CLAIM)))
+            .where(by_id, is_in(sources(Trigger.CLAIM)))
             .where(sa.or_(_t.not_before.is_(None), _t.not_before <= _b("now")))
             .values(
                 status=target_of(Trigger.CLAIM),
@@ -48,13 +49,13 @@ class Lives(Base):
             .returning(*CLAIM)
         )
         self.claimed = self._sql(
-            sa.select(*CLAIM).where(by_id, _t.owner == _b("instance_id"), _t.nonce == _b("new_nonce"), status_in(OWNED))
+            sa.select(*CLAIM).where(by_id, _t.owner == _b("instance_id"), _t.nonce == _b("new_nonce"), is_in(OWNED))
         )
 
     def _define_line(self) -> None:
         """The line of explicit sessions in front of a service."""
         in_line = sa.and_(_t.session_id == _b("session_id"), _t.service_name == _b("service_name"), EXPLICIT)
-        busy = sa.exists(sa.select(ONE).where(in_line, IS_OPEN).correlate(None))
+        busy = sa.exists(sa.select(ONE).where(in_line, is_in(OPEN)).correlate(None))
         self.session_policy = self._sql(
             sa.select(sessions.c.policy, busy).where(sessions.c.session_id == _b("session_id"))
         )
@@ -66,7 +67,7 @@ class Lives(Base):
                 waiting.session_id == _b("session_id"),
                 waiting.service_name == _b("service_name"),
                 waiting.implicit_session == ZERO,
-                waiting.status.in_([status_literal(status) for status in sources(Trigger.FREE)]),
+                status_in(sources(Trigger.FREE), of_row(waiting.status)),
             )
             .scalar_subquery()
         )
@@ -76,17 +77,17 @@ class Lives(Base):
                 ahead.session_id == _b("session_id"),
                 ahead.service_name == _b("service_name"),
                 ahead.implicit_session == ZERO,
-                ahead.status.in_([status_literal(status) for status in (TaskStatus.QUEUED, *OWNED)]),
+                status_in((TaskStatus.QUEUED, *OWNED), of_row(ahead.status)),
             )
         )
         self.free_next = self._sql(
             sa.update(tasks)
-            .where(_t.no == first, ~busy_ahead, status_in(sources(Trigger.FREE)))
+            .where(_t.no == first, ~busy_ahead, is_in(sources(Trigger.FREE)))
             .values(status=target_of(Trigger.FREE))
             .returning(_t.task_id)
         )
         self.queued_in_line = self._sql(
-            sa.select(_t.task_id).where(in_line, _t.status == status_literal(TaskStatus.QUEUED)).order_by(_t.no)
+            sa.select(_t.task_id).where(in_line, is_in((TaskStatus.QUEUED,))).order_by(_t.no)
         )
 
     def _define_reports(self) -> None:
@@ -97,15 +98,15 @@ class Lives(Base):
             _t.epoch == _b("epoch"),
             _t.report_seq < _b("seq"),
             _t.owner.is_not(None),
-            status_in(OWNED),
+            is_in(OWNED),
         )
         counted = {"report_seq": _b("seq"), "event_count": _t.event_count + _b("added")}
         answer = (_t.no, _t.event_count)
         note = sa.update(tasks).where(held).values(**counted, **_PROGRESS).returning(*answer, _t.service_name)
-        self.report: dict[bool | None, str] = {None: self._sql(note)}
+        self.report: dict[bool | None, Logging] = {None: self._logging(note)}
         for waiting, trigger in ((True, Trigger.IDLE), (False, Trigger.BUSY)):
-            change = note.where(status_in(sources(trigger))).values(status=target_of(trigger))
-            self.report[waiting] = self._sql(change)
+            change = note.where(is_in(sources(trigger))).values(status=target_of(trigger))
+            self.report[waiting] = self._logging(change)
 
         ending = sa.update(tasks).where(held).values(
             **counted,
@@ -123,12 +124,12 @@ class Lives(Base):
             *answer, _t.session_id, _t.implicit_session, _t.service_name, _t.inbox_head, _t.has_checkpoint
         )  # fmt: skip
         self.end_held = {
-            status: self._sql(ending.where(status_in(sources(trigger))).values(status=status_literal(status)))
+            status: self._logging(ending.where(is_in(sources(trigger))).values(status=status_literal(status)))
             for status, trigger in ENDINGS.items()
         }
-        self.try_again = self._sql(
+        self.try_again = self._logging(
             sa.update(tasks)
-            .where(held, status_in(sources(Trigger.REQUEUE)))
+            .where(held, is_in(sources(Trigger.REQUEUE)))
             .values(
                 **counted,
                 status=target_of(Trigger.REQUEUE),
@@ -150,12 +151,12 @@ class Lives(Base):
         """Only used on a task whose state was locked and found in the hands of the right epoch."""
         self.release = self._sql(
             sa.update(tasks)
-            .where(_t.no == _b("task_no"), status_in(sources(Trigger.RELEASE)))
+            .where(_t.no == _b("task_no"), is_in(sources(Trigger.RELEASE)))
             .values(**_PROGRESS, status=target_of(Trigger.RELEASE), owner=sa.null(), nonce=sa.null())
         )
         self.leave_idle = self._sql(
             sa.update(tasks)
-            .where(_t.no == _b("task_no"), status_in(sources(Trigger.IDLE)))
+            .where(_t.no == _b("task_no"), is_in(sources(Trigger.IDLE)))
             .values(
                 **_PROGRESS, status=target_of(Trigger.IDLE), owner=sa.null(), nonce=sa.null(), wake_at=_b("new_wake_at")
             )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from ...protocol.lifecycle import ENDINGS, TaskStatus, Trigger, sources
-from ..tables import IS_OPEN, instances, status_in, status_literal, tasks
+from ...protocol.lifecycle import ENDINGS, OPEN, TaskStatus, Trigger, sources
+from ..tables import IS_OPEN, instances, is_in, status_literal, tasks
 from .base import ONE, OWNED, STATE, UNOWNED, ZERO, Base, target_of
 
 _t = tasks.c
@@ -19,7 +19,7 @@ class Outside(Base):
         self.end_unowned = {
             status: self._sql(
                 sa.update(tasks)
-                .where(by_no, _t.owner.is_(None), status_in(sources(trigger)))
+                .where(by_no, _t.owner.is_(None), is_in(sources(trigger)))
                 .values(
                     status=status_literal(status),
                     finished_at=_b("now"),
@@ -32,30 +32,28 @@ class Outside(Base):
             for status, trigger in ENDINGS.items()
         }
         self.flag_cancel = self._sql(
-            sa.update(tasks).where(by_no, _t.owner.is_not(None), status_in(OWNED)).values(cancel_requested=ONE)
+            sa.update(tasks).where(by_no, _t.owner.is_not(None), is_in(OWNED)).values(cancel_requested=ONE)
         )
         self.bump_inbox = self._sql(
-            sa.update(tasks).where(by_no, IS_OPEN).values(inbox_head=_t.inbox_head + ONE).returning(_t.inbox_head)
+            sa.update(tasks).where(by_no, is_in(OPEN)).values(inbox_head=_t.inbox_head + ONE).returning(_t.inbox_head)
         )
         self.requeue_unowned = self._sql(
             sa.update(tasks)
-            .where(by_no, _t.owner.is_(None), status_in(sources(Trigger.REQUEUE)))
+            .where(by_no, _t.owner.is_(None), is_in(sources(Trigger.REQUEUE)))
             .values(status=target_of(Trigger.REQUEUE), wake_at=sa.null())
         )
         self.orphan = self._sql(
             sa.update(tasks)
-            .where(by_no, _t.owner == _b("instance_id"), status_in(OWNED))
+            .where(by_no, _t.owner == _b("instance_id"), is_in(OWNED))
             .values(owner=sa.null(), nonce=sa.null(), attempts=_t.attempts + ONE)
         )
-        self.owned_by = self._sql(
-            sa.select(*STATE)
-            .where(_t.owner == _b("instance_id"), _t.owner.is_not(None), IS_OPEN)
-            .order_by(_t.no)
-            .with_for_update()
+        self.owned_by = self._taking(
+            sa.select(*STATE).where(_t.owner == _b("instance_id"), _t.owner.is_not(None), IS_OPEN).order_by(_t.no),
+            lines=True,
         )
         # One statement a status: then each walks its index from the first that is due, whatever is due behind it.
         self.overdue = {
-            status: self._sql(
+            status: self._taking(
                 sa.select(*STATE)
                 .where(
                     _t.deadline.is_not(None),
@@ -65,12 +63,12 @@ class Outside(Base):
                 )
                 .order_by(_t.deadline)
                 .limit(_b("limit"))
-                .offset(ZERO)
-                .with_for_update()
+                .offset(ZERO),
+                lines=True,
             )
             for status in UNOWNED
         }
-        self.waking = self._sql(
+        self.waking = self._taking(
             sa.select(*STATE)
             .where(
                 _t.wake_at.is_not(None),
@@ -81,7 +79,6 @@ class Outside(Base):
             .order_by(_t.wake_at)
             .limit(_b("limit"))
             .offset(ZERO)
-            .with_for_update()
         )
         self.owned_briefly = self._sql(
             sa.select(_t.task_id, _t.epoch, _t.cancel_requested, _t.inbox_head)

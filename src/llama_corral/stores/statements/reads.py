@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from ...protocol.lifecycle import TaskStatus
 from ..tables import EXPLICIT, IS_OPEN, status_in, status_literal, tasks
-from .base import RECORD, STATE, UNOWNED, ZERO, Base
+from .base import ONE, RECORD, STATE, UNOWNED, ZERO, Base
 
 _t = tasks.c
 _b = sa.bindparam
@@ -26,6 +26,14 @@ class Reads(Base):
         due = queued.where(sa.or_(_t.not_before.is_(None), _t.not_before <= _b("now"))).limit(_b("limit")).offset(ZERO)
         self.due_tickets = self._sql(due.order_by(_t.no))
         self.due_of_service = self._sql(due.where(_t.service_name == _b("service_name")).order_by(_t.no))
+        self.oldest_queued = self._sql(
+            sa.select(_t.created_at, _t.not_before)
+            .where(_t.status == status_literal(TaskStatus.QUEUED), _t.service_name == _b("service_name"))
+            .where(sa.or_(_t.not_before.is_(None), _t.not_before <= _b("now")))
+            .order_by(_t.no)
+            .limit(ONE)
+            .offset(ZERO)
+        )
         self.due_since = self._sql(
             queued.where(_t.not_before.is_not(None), _t.not_before > _b("since"), _t.not_before <= _b("now"))
             .order_by(_t.not_before)

@@ -9,10 +9,10 @@ from ..tables import (
     checkpoints,
     contexts,
     instances,
+    is_in,
     meta,
     services,
     sessions,
-    status_in,
     task_events,
     task_inbox,
     tasks,
@@ -29,6 +29,12 @@ class Registry(Base):
     def _define_registry(self) -> None:
         self.get_meta = self._sql(sa.select(meta.c.value).where(meta.c.key == _b("key")))
         self.put_meta = self._upsert(meta)
+        # Never backwards: whoever else deletes tasks at this moment may have written a higher one.
+        highest = self._insert_into(meta, "key", "value")
+        higher = sa.cast(highest.excluded.value, sa.BigInteger) > sa.cast(meta.c.value, sa.BigInteger)
+        self.raise_meta = self._sql(
+            highest.on_conflict_do_update(index_elements=["key"], set_={"value": highest.excluded.value}, where=higher)
+        )
         self.put_service = self._upsert(services)
         self.put_instance = self._upsert(instances)
         by_name = services.c.service_name == _b("service_name")
@@ -71,7 +77,7 @@ class Registry(Base):
         of_session = sa.and_(_t.session_id == _b("session_id"), EXPLICIT)
         self.session_tasks = self._sql(sa.select(_t.task_id).where(of_session).order_by(_t.no))
         self.session_owned = self._sql(
-            sa.select(_t.task_id, _t.owner).where(of_session, status_in(OWNED), _t.owner.is_not(None)).order_by(_t.no)
+            sa.select(_t.task_id, _t.owner).where(of_session, is_in(OWNED), _t.owner.is_not(None)).order_by(_t.no)
         )
         self.session_epochs = self._sql(sa.select(sa.func.max(_t.epoch)).where(of_session, _t.digest.is_not(None)))
         numbers = sa.select(_t.no).where(of_session).scalar_subquery()

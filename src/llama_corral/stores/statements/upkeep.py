@@ -13,7 +13,7 @@ _b = sa.bindparam
 
 class Upkeep(Base):
     def _define_retention(self) -> None:
-        self.ended_before = self._sql(
+        self.ended_before = self._taking(
             sa.select(_t.no, _t.event_count, _t.inbox_head, _t.has_checkpoint, _t.epoch, _t.digest)
             .where(_t.finished_at.is_not(None), _t.finished_at < _b("before"))
             .order_by(_t.finished_at)
@@ -30,7 +30,7 @@ class Upkeep(Base):
         self.insert_dead_letter = self._sql(insert.returning(d.no))
         self.delete_dead_letters = self._sql(sa.delete(dead_letters).where(d.no <= _b("last")))
         self.delete_dead_letter = self._sql(sa.delete(dead_letters).where(d.no == _b("no")))
-        self.dead_letters_before = self._sql(
+        self.dead_letters_before = self._taking(
             sa.select(d.no).where(d.at < _b("before")).order_by(d.at).limit(_b("limit")).offset(ZERO)
         )
         self.list_dead_letters = self._sql(

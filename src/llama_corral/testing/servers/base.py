@@ -17,13 +17,14 @@ from ...supervision import SupportGroup
 from ..children import Child
 
 # Keeps the server: signals go to it directly, and when the tests are gone, however they went, so is the server.
+# It says so in one write: the lines of the server go there too, and would come between the pieces that print makes.
 _KEEPER: Final = """
 import os, signal, subprocess, sys, threading
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN)
 server = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, user=sys.argv[1] or None,
                           preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGTERM, signal.SIGINT)])
-print("corral keeps", server.pid, flush=True)
+os.write(1, b"corral keeps %d\\n" % server.pid)
 threading.Thread(target=lambda: os.read(0, 1) or os.kill(server.pid, signal.SIGKILL), daemon=True).start()
 sys.exit(server.wait() % 256)
 """
@@ -81,6 +82,11 @@ class ServerProcess(Child):
     def command(self) -> list[str]:
         user = self.user if self.user is not None and os.geteuid() == 0 else ""
         return [sys.executable, "-c", _KEEPER, user, self.binary, *self.arguments()]
+
+    async def wait_ready(self) -> None:
+        # A busy machine may run the server before its keeper gets to say whom it keeps, and then nobody could kill it.
+        await self.wait_output(_KEPT)
+        await super().wait_ready()
 
     @property
     def pid(self) -> int:
