@@ -43,12 +43,18 @@ class One:
                 async with ControlPlane(
                     core.store, core.queue, config=core.config, alone=core.count == 1
                 ) as self.plane:
-                    self.app = control_plane_app(self.plane, settings, version="0")
+                    self.app = control_plane_app(self.plane, settings, version="0", queue_url=core.queue_url)
                     async with trio.open_nursery() as nursery:
                         (self.url,) = await nursery.start(partial(serve, self.app, settings, stop=self.stop))
                         task_status.started()
         finally:
             self.over.set()
+
+    @property
+    def port(self) -> int:
+        port = urlsplit(self.url).port
+        assert port is not None
+        return port
 
     async def kill(self) -> None:
         async def kill() -> None:
@@ -71,8 +77,15 @@ class Threaded:
     store: SqlStore
 
     def __init__(
-        self, store: str, settings: ServerSettings, config: ControlPlaneConfig, queue: MessageQueue, count: int = 1
+        self,
+        store: str,
+        settings: ServerSettings,
+        config: ControlPlaneConfig,
+        queue: MessageQueue,
+        count: int = 1,
+        queue_url: str = "memory://",
     ) -> None:
+        self.queue_url = queue_url
         self._url = store
         self.settings = settings
         self.config = config
@@ -101,9 +114,7 @@ class Threaded:
 
     @property
     def port(self) -> int:
-        port = urlsplit(self.url).port
-        assert port is not None
-        return port
+        return self.ones[0].port
 
     async def start(self) -> None:
         self._thread.start()
@@ -157,12 +168,13 @@ async def open_core(
     token: str | None = None,
     queue: MessageQueue | None = None,
     count: int = 1,
+    queue_url: str = "memory://",
     body_limit: int = 10_000_000,
     graceful_timeout: float = 5.0,
     **config: Any,
 ) -> AsyncIterator[Threaded]:
     settings = ServerSettings(port=port, token=token, body_limit=body_limit, graceful_timeout=graceful_timeout)
-    core = Threaded(store, settings, ControlPlaneConfig(**config), queue or MemoryMessageQueue(), count)
+    core = Threaded(store, settings, ControlPlaneConfig(**config), queue or MemoryMessageQueue(), count, queue_url)
     await core.start()
     try:
         yield core

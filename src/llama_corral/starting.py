@@ -89,6 +89,9 @@ async def open_workers_queue(
     Raises:
         SetupError, UsageError: something must be changed before it can be used.
     """
+    if options.queue_url is not None:
+        # What is wrong with it is said at once, not when the control plane is there.
+        open_queue(_workers_url(options.queue_url, options.queue_credentials), token=options.token)
     info = await try_patiently(partial(_ask_for_queue, link), "the control plane", stop)
     if info is None:
         return None
