@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from datetime import date
@@ -328,3 +329,13 @@ async def test_no_more_is_read_than_is_taken(url: str, flavour: Any, monkeypatch
         return seen + [event.n async for event in reader]
 
     assert await run_workflow(Does(act), flavour=flavour) == list(range(300))
+
+
+@pytest.mark.promise("P12")
+async def test_nothing_is_kept_of_calls_that_have_ended(url: str, flavour: Any) -> None:
+    remote = RemoteWorkflow("echo", url)
+    for _ in range(5):
+        assert await run_workflow(Calls(remote), value=1, flavour=flavour) == 1
+        assert await run_workflow(remote, value=1, flavour=flavour) == 1
+    gc.collect()
+    assert len(remote._calls) == len(remote._callers) == len(remote._calls_upstream) == 0
