@@ -384,7 +384,7 @@ async def test_a_queue_that_somebody_deleted(url: str, topic: str, monkeypatch: 
 
 @pytest.mark.promise("P2", "P12")
 async def test_a_consumer_outlives_the_cancellation_of_its_client(
-    url: str, topic: Topics, monkeypatch: pytest.MonkeyPatch
+    url: str, topic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it ends what waits for a server that hangs, on a connection that is given up."""
     unsubscribe = ReceivingChannel.unsubscribe
@@ -394,16 +394,16 @@ async def test_a_consumer_outlives_the_cancellation_of_its_client(
         channel.connection.drop()
         raise asyncio.CancelledError
 
-    name = topic()
+    name = topic
     async with open_queue(url) as queue, queue.consumer(name) as consumer:
         monkeypatch.setattr(ReceivingChannel, "unsubscribe", cancelled)
         await queue.publish(numbered(1), name)
         assert numbers(await take(consumer, 1)) == [1]
 
 
-async def test_a_channel_that_cannot_be_closed(url: str, topic: Topics, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_channel_that_cannot_be_closed(url: str, topic: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its connection is given up: what was open there comes back."""
-    name = topic()
+    name = topic
     close = ReceivingChannel.close
 
     async def hang(channel: ReceivingChannel) -> None:
