@@ -86,6 +86,17 @@ async def test_a_link_goes_on_at_the_next_one(core: Threaded) -> None:
             await link.ask("GET", "/ready", json.loads)
 
 
+async def test_a_late_answer_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    one, other = "http://a:1", "http://b:2"
+    async with HttpLink([one, other]) as link:
+        link._note_answer(one, None)
+        link._note(one, Unavailable("too slow"))
+        assert link._choice.choose(anyio.current_time()) == other
+        for url in (other, one, other, one):
+            link._note_answer(url, None)
+    assert [record.getMessage() for record in caplog.records] == [f"asking {other} from now on: too slow"]
+
+
 async def take(consumer: Any) -> int:
     (delivery,) = await consumer.receive()
     await delivery.ack()

@@ -224,7 +224,8 @@ class HttpLink:
 
     def _note_answer(self, url: str, at: str | None) -> None:
         self._choice.answered(url)
-        if at is None and url != self._answered:
+        # What was asked before of one that is not asked any more may be answered late.
+        if at is None and url == self._choice.current != self._answered:
             if self._answered:
                 logger.warning("asking %s from now on: %s", url, self._trouble or f"{self._answered} stops")
             self._answered = url

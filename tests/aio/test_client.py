@@ -200,3 +200,16 @@ async def test_an_error_of_the_body_comes_out_as_it_is(anyio_backend: str) -> No
     with pytest.raises(KeyError):
         async with failing():
             raise KeyError("body")
+
+
+async def test_a_client_that_cancels_itself(anyio_backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As clients do to what waits on a connection that is closed: what is posted afterwards is done all the same."""
+
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    with anyio.fail_after(3):
+        async with open_asyncio_side("test") as side:
+            side.post(cancelled)
+            await side.wait_posted()
+    assert [record.message for record in caplog.records] == ["a posted call of test failed"]

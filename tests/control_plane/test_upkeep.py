@@ -276,7 +276,7 @@ async def count_looks(corral: Corral, monkeypatch: pytest.MonkeyPatch, number: i
 
 
 async def test_the_backstop_does_not_repeat_what_still_waits_in_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with open_corral(backstop_interval=0.01) as corral:
+    async with open_corral(backstop_interval=0.2) as corral:
         await corral.service()
         await corral.plane.submit("svc", {})
         await count_looks(corral, monkeypatch, 3)
@@ -292,7 +292,7 @@ class UncountedQueue(MemoryMessageQueue):
 
 @pytest.mark.promise("P12")
 async def test_the_backstop_does_not_fill_a_queue_that_cannot_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with open_corral(backstop_interval=0.01, queue=UncountedQueue()) as corral:
+    async with open_corral(backstop_interval=0.2, queue=UncountedQueue()) as corral:
         service = await corral.service(slots=2)  # its capacity
         for _ in range(2):
             await corral.plane.submit("svc", {})

@@ -16,8 +16,6 @@ from llama_corral.cli.targets import load_targets
 from .programs import parse, variables
 
 ROOT = Path(__file__).parents[2]
-LIBPQ = {"PGPASSWORD"}
-"""What the client of PostgreSQL reads."""
 SUBSTITUTION = re.compile(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*)|:\?[^}]*)?\}")
 
 
@@ -58,7 +56,7 @@ def test_their_commands_are_understood(ours: dict[str, Any]) -> None:
 
 
 def test_their_variables_are_read(ours: dict[str, Any]) -> None:
-    known = variables() | LIBPQ
+    known = variables()
     for service in ours.values():
         assert set(service["environment"]) <= known
 

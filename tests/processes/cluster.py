@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from llama_corral.testing import Stack
 from llama_corral.testing.children import Child
 
 from .stored import Kill, look_after_kill, read_rows
-from .support import flows_stack
+from .support import Mark, flows_stack
 
 FLOW = Path(__file__).with_name("journey.py")
 CAPACITIES = (4, 8, 16)
@@ -38,10 +38,12 @@ PAUSE = 0.2
 """Seconds that a step works."""
 CALM = 56
 """How many tasks end before the first break: two for each slot."""
-CALM_PAUSE = 0.5
+CALM_PAUSE = 0.8
 """The same before the first break, where it is counted who works: slots are to be scarce, not the processor."""
 PATIENCE = 15
 """How many others end before a person answers."""
+MAX_ATTEMPTS = 50
+"""A task may be hit again and again before it makes progress, also by a machine that is too busy for so short a lease."""
 HOP = 3
 """Events that a follower takes from one control plane before it goes on at the next one."""
 RETRY_FOR = 60.0
@@ -72,7 +74,7 @@ class Cluster:
     """Control planes and three workers of different capacities.
 
     Attributes:
-        clients: One for each control plane.
+        clients: One for each control plane; of several, one more that knows all of them.
         kills: Of workers, in order.
         broken_at: When the first break came.
         live: What followers saw as it came, by task.
@@ -122,11 +124,11 @@ class Cluster:
         name = name_of(number)
         person = number % 10 == 4
         client = self.clients[number % len(self.clients)]
-        pause = CALM_PAUSE if number < CALM else PAUSE
         asked = anyio.Event()
         async with anyio.create_task_group() as group:
             async with self._at_once:
-                await client.start("journey", {"name": name, "pause": pause, "person": person}, task_id=name)
+                arguments = {"name": name, "pause": pause_of(name), "person": person}
+                await client.start("journey", arguments, task_id=name, max_attempts=MAX_ATTEMPTS)
                 group.start_soon(self._see_through, number, asked)
                 await asked.wait()
             if person:
@@ -221,6 +223,21 @@ class Cluster:
         done = Counter(self._capacities[self._pids[pid]] for pid in pids)
         return {each: done[each] / len(pids) * sum(CAPACITIES) / each for each in CAPACITIES}
 
+    def most_at_once(self, by_task: Iterable[Sequence[Mark]]) -> dict[int, int]:
+        """Of each capacity: how many steps its worker had in work at a time, as far as they are known to have run through:
+        the same process began another one of the task after it."""
+        moments: dict[int, list[tuple[float, int]]] = defaultdict(list)
+        for marks in by_task:
+            for mark, after in itertools.pairwise(marks):
+                if mark.pid == after.pid and mark.step != after.step:
+                    moments[mark.pid] += (mark.at, 1), (mark.at + pause_of(mark.name), -1)
+        most: dict[int, int] = dict.fromkeys(CAPACITIES, 0)
+        for pid, changes in moments.items():
+            capacity = self._capacities[self._pids[pid]]
+            at_work = itertools.accumulate(change for _, change in sorted(changes))
+            most[capacity] = max(most[capacity], *at_work)
+        return most
+
     async def stop_workers(self) -> None:
         """SIGTERM, and all of them end well."""
         for worker in self.stack.workers:
@@ -231,6 +248,10 @@ class Cluster:
 
 def name_of(number: int) -> str:
     return f"task-{number}"
+
+
+def pause_of(name: str) -> float:
+    return CALM_PAUSE if int(name.rpartition("-")[2]) < CALM else PAUSE
 
 
 @asynccontextmanager
@@ -253,8 +274,9 @@ async def open_cluster(folder: Path, count: int, **options: Any) -> AsyncIterato
             await stack.make_worker("--max-concurrent-tasks", str(capacity)).launch()
         for worker in stack.workers:
             await worker.wait_ready()
+        urls = [core.url for core in stack.cores]
         clients = [
-            await places.enter_async_context(Client(core.url, retry_for=RETRY_FOR, reconnect_for=RETRY_FOR))
-            for core in stack.cores
+            await places.enter_async_context(Client(known, retry_for=RETRY_FOR, reconnect_for=RETRY_FOR))
+            for known in (*urls, *([urls] if len(urls) > 1 else []))
         ]
         yield Cluster(stack, clients, count)

@@ -96,9 +96,15 @@ async def answer(task: Task) -> None:
 
 async def check_endings(tasks: Sequence[Task]) -> dict[str, TaskResult]:
     """All of them end as completed, exactly once, with a stream of 0..n-1 that says the same as the record."""
+    return {task_id: record for task_id, (record, _) in (await check_streams(tasks)).items()}
 
-    async def check(task: Task) -> TaskResult:
+
+async def check_streams(tasks: Sequence[Task]) -> dict[str, tuple[TaskResult, list[TaskEvent]]]:
+    """The same, and how they ended with what they published."""
+
+    async def check(task: Task) -> tuple[TaskResult, list[TaskEvent]]:
         record = await task.wait()
+        assert record.status == "completed", record
         async with task.events() as events:
             seen = [event async for event in events]
         assert [event.index for event in seen] == list(range(len(seen)))
@@ -107,16 +113,9 @@ async def check_endings(tasks: Sequence[Task]) -> dict[str, TaskResult]:
         resumed = len(kinds) - kinds[::-1].index("RunResumed") if "RunResumed" in kinds else 0
         assert kinds.index("StopEvent", resumed) == len(kinds) - 1
         assert events.record == record
-        assert record.status == "completed", record
-        return record
+        return record, seen
 
-    records = await each(check, tasks)
-    return {record.task_id: record for record in records}
-
-
-async def read_events(task: Task) -> list[TaskEvent]:
-    """Its whole log, when it has ended."""
-    return [event async for event in task.events()]
+    return {task.id: found for task, found in zip(tasks, await each(check, tasks), strict=True)}
 
 
 async def all_tasks(client: Client) -> list[TaskInfo]:

@@ -21,7 +21,7 @@ from llama_corral.client import Client, Task
 from llama_corral.testing import Stack
 
 from .stored import Kill, check_against_kills, check_stream, look_after_kill, times_to_next_attempt
-from .support import all_tasks, check_endings, count_open, each, flows_stack, read_events, read_marks
+from .support import all_tasks, check_streams, count_open, each, flows_stack, read_marks
 
 pytestmark = [pytest.mark.process, pytest.mark.trio]
 
@@ -82,13 +82,14 @@ async def test_workers_killed_again_and_again(tmp_path: Path) -> None:
         run = Run(stack, client)
         tasks = await run.run_all()
         took = time.monotonic() - began
-        records = await check_endings(tasks)
+        endings = await check_streams(tasks)
+        records = {task_id: record for task_id, (record, _) in endings.items()}
         assert {task_id: record.value for task_id, record in records.items()} == {t.id: t.id for t in tasks}
         assert len(records) == TASKS
         assert await count_open(client) == 0
         assert len(run.kills) == TASKS // KILL_EVERY
         assert Counter(info.task_id for info in await all_tasks(client)) == Counter(t.id for t in tasks)
-        streams = dict(zip(records, await each(read_events, tasks), strict=True))
+        streams = {task_id: events for task_id, (_, events) in endings.items()}
 
     marks = read_marks(tmp_path)
     resumed = sum(event.type == "RunResumed" for events in streams.values() for event in events)

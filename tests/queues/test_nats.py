@@ -287,3 +287,15 @@ async def test_a_slow_listener_loses_the_oldest(server: NatsServer) -> None:
         assert [(await listener.receive()).data["number"] for _ in range(3)] == [7, 8, 9]
         assert queue.statistics()["lost_broadcasts"] == 7
         assert queue.statistics()["broadcasts"] == 10
+
+
+async def test_a_consumer_that_is_left_while_it_buries(server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with nats_queue(server.url) as queue, client(server.url) as raw, queue.consumer("t") as consumer:
+
+        async def bury(*_: Any) -> None:
+            await consumer.leave()
+
+        monkeypatch.setattr(queue, "bury", bury)
+        await raw.call(f"corral.q.{token_of('t')}", b"{")
+        with pytest.raises(QueueUnavailable), anyio.fail_after(5):
+            await consumer.receive()

@@ -29,9 +29,11 @@ from llama_corral.abc import Consumer, Delivery, MessageQueue
 from llama_corral.aio import hosted_tasks, open_asyncio_loop
 from llama_corral.aio.client import open_asyncio_side
 from llama_corral.exceptions import QueueUnavailable, SetupError, TooLarge
+from llama_corral.protocol import topics
 from llama_corral.protocol.messages import QueueMessage
-from llama_corral.queues import open_queue, rabbitmq_consumer
+from llama_corral.queues import open_queue, rabbitmq_consumer, rabbitmq_subscription, rabbitmq_topology
 from llama_corral.queues.rabbitmq_address import RabbitMQAddress
+from llama_corral.queues.rabbitmq_subscription import ReceivingChannel
 from llama_corral.queues.rabbitmq_topology import TICKETS, queue_name, topic_key
 from llama_corral.testing.brokers import BrokerContract
 from llama_corral.testing.queues import numbered, numbers
@@ -120,6 +122,24 @@ def url() -> str:
     return shared_url("RabbitMQ", VARIABLE, "amqp://guest:guest@127.0.0.1:5672/")
 
 
+@pytest.fixture
+async def tidy(url: str, anyio_backend: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """Deletes the queues that the test has declared, except those that others use too."""
+    names: dict[str, None] = {}
+
+    def noted(topic: str, group: str) -> str:
+        name = queue_name(topic, group)
+        if topic != topics.dead_letter(topics.DEFAULT_NAMESPACE):
+            names[name] = None
+        return name
+
+    monkeypatch.setattr(rabbitmq_topology, "queue_name", noted)
+    yield
+    async with client(url) as do:
+        for name in names:
+            await do(partial(_delete, name))
+
+
 @asynccontextmanager
 async def client(url: str) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
     """aio-pika, as another program would use it: `await do(function of a channel)`."""
@@ -139,24 +159,14 @@ async def client(url: str) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
 @pytest.mark.promise("P2", "P6", "P8", "P12")
 class TestContract(BrokerContract):
     @pytest.fixture(autouse=True)
-    async def _use(self, url: str, node: Node) -> AsyncIterator[None]:
+    def _use(self, url: str, node: Node, tidy: None) -> None:
         self.url = url
         self.node = node
-        self.queues: list[str] = []
         self.topics: list[str] = []
-        yield
-        async with client(url) as do:
-            for name in self.queues:
-                await do(partial(_delete, name))
 
     def topic(self, name: str = "numbered") -> str:
-        topic = super().topic(name)
-        dead = f"{topic.removesuffix('.numbered')}.dead_letter"
-        self.queues += [
-            queue_name(each, group) for each in (topic, dead) for group in ("default", "a", "b", "stays", "leaves")
-        ]
-        self.topics.append(topic)
-        return topic
+        self.topics.append(super().topic(name))
+        return self.topics[-1]
 
     def make_queue(self, url: str) -> MessageQueue:
         return open_queue(url) if url == self.url else self._make_settled(url)  # type: ignore[return-value]
@@ -197,25 +207,10 @@ async def _delete(name: str, channel: Any) -> None:
     await channel.queue_delete(name)
 
 
-class Topics:
-    """Topics that nobody else uses. Their queues are deleted when the test is over."""
-
-    def __init__(self) -> None:
-        self.made: list[str] = []
-
-    def __call__(self, name: str = "t") -> str:
-        self.made.append(f"rabbit-{uuid4().hex}.{name}")
-        return self.made[-1]
-
-
 @pytest.fixture
-async def topic(url: str, anyio_backend: str) -> AsyncIterator[Topics]:
-    topics = Topics()
-    yield topics
-    async with client(url) as do:
-        for name in topics.made:
-            for group in ("default", "a"):
-                await do(partial(_delete, queue_name(name, group)))
+def topic(tidy: None) -> str:
+    """One that nobody else uses."""
+    return f"rabbit-{uuid4().hex}.t"
 
 
 async def take(consumer: Consumer, count: int, most: int = 1) -> list[Delivery]:
@@ -239,6 +234,11 @@ async def publish_all(queue: MessageQueue, topic: str, count: int) -> None:
     async with anyio.create_task_group() as tasks:
         for number in range(count):
             tasks.start_soon(queue.publish, numbered(number), topic)
+
+
+async def publish_serially(queue: MessageQueue, topic: str, count: int) -> None:
+    for number in range(count):
+        await queue.publish(numbered(number), topic)
 
 
 # Names and addresses
@@ -294,7 +294,7 @@ def test_a_url_that_cannot_be_used(url: str) -> None:
 
 
 @pytest.mark.promise("P11")
-async def test_nobody_is_told_who_we_are(url: str, topic: Topics, caplog: pytest.LogCaptureFixture) -> None:
+async def test_nobody_is_told_who_we_are(url: str, topic: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     host = urlsplit(url).netloc.rpartition("@")[2]
     for what, wrong in (
@@ -306,11 +306,28 @@ async def test_nobody_is_told_who_we_are(url: str, topic: Topics, caplog: pytest
                 pass
         assert not {"hunter1", "hunter2"} & set(re.findall(r"\w+", "".join(traceback.format_exception(caught.value))))
     async with open_queue(url) as queue:
-        await queue.publish(numbered(1), topic())
+        await queue.publish(numbered(1), topic)
     assert "hunter1" not in caplog.text
     assert "hunter2" not in caplog.text
     assert "guest" not in caplog.text
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.promise("P11")
+async def test_a_user_who_may_not_do_everything(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    await node.ensure()
+    name = f"hunter-{uuid4().hex}"
+    await node.control("add_user", name, "x")
+    await node.control("set_permissions", name, "^llama_corral", "^llama_corral", "")
+    async with opened(node):  # the exchanges are there
+        pass
+    async with open_queue(node.url.replace("guest:guest", f"{name}:x")) as queue:
+        with pytest.raises(SetupError, match="refuses access to exchange 'llama_corral'") as caught:
+            async with queue.consumer("t"):
+                pass
+    assert name not in "".join(traceback.format_exception(caught.value))
+    assert name not in caplog.text
 
 
 def with_vhost(url: str, name: str) -> str:
@@ -329,30 +346,28 @@ async def test_the_client_of_others_logs_as_before(url: str, caplog: pytest.LogC
 # Where messages go
 
 
-async def test_what_nobody_waits_for_waits_for_the_default_group(url: str, topic: Topics) -> None:
+async def test_what_nobody_waits_for_waits_for_the_default_group(url: str, topic: str) -> None:
     """And only until another group is known: then it does not fill up any more."""
-    name = topic()
     async with open_queue(url) as queue:
-        await queue.publish(numbered(1), name)
-        async with queue.consumer(name, "a") as known:
-            await queue.publish(numbered(2), name)
+        await queue.publish(numbered(1), topic)
+        async with queue.consumer(topic, "a") as known:
+            await queue.publish(numbered(2), topic)
             assert numbers(await take(known, 1)) == [2]
-        async with queue.consumer(name) as consumer:
+        async with queue.consumer(topic) as consumer:
             assert numbers(await take(consumer, 1)) == [1]
-            await queue.publish(numbered(3), name)
+            await queue.publish(numbered(3), topic)
             assert numbers(await take(consumer, 1)) == [3]
             await assert_nothing(consumer)
 
 
-async def test_a_queue_that_somebody_deleted(url: str, topic: Topics, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_queue_that_somebody_deleted(url: str, topic: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is declared again by whoever publishes in vain, and found again by a consumer that waits."""
     monkeypatch.setattr(rabbitmq_consumer, "REATTACHED_AFTER", 0.5)
-    name = topic()
     async with open_queue(url) as queue, client(url) as do:
-        await queue.publish(numbered(1), name)
-        await do(partial(_delete, queue_name(name, "default")))
-        await queue.publish(numbered(2), name)
-        async with queue.consumer(name) as consumer:
+        await queue.publish(numbered(1), topic)
+        await do(partial(_delete, queue_name(topic, "default")))
+        await queue.publish(numbered(2), topic)
+        async with queue.consumer(topic) as consumer:
             assert numbers(await take(consumer, 1)) == [2]
             async with anyio.create_task_group() as tasks:
 
@@ -361,10 +376,46 @@ async def test_a_queue_that_somebody_deleted(url: str, topic: Topics, monkeypatc
 
                 got: list[int] = []
                 tasks.start_soon(receive)
-                await assert_waiting(do, queue_name(name, "default"))
-                await do(partial(_delete, queue_name(name, "default")))
-                await queue.publish(numbered(3), name)
+                await assert_waiting(do, queue_name(topic, "default"))
+                await do(partial(_delete, queue_name(topic, "default")))
+                await queue.publish(numbered(3), topic)
             assert got == [3]
+
+
+@pytest.mark.promise("P2", "P12")
+async def test_a_consumer_outlives_the_cancellation_of_its_client(
+    url: str, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it ends what waits for a server that hangs, on a connection that is given up."""
+    unsubscribe = ReceivingChannel.unsubscribe
+
+    async def cancelled(channel: ReceivingChannel, tag: str) -> None:
+        monkeypatch.setattr(ReceivingChannel, "unsubscribe", unsubscribe)
+        channel.connection.drop()
+        raise asyncio.CancelledError
+
+    name = topic
+    async with open_queue(url) as queue, queue.consumer(name) as consumer:
+        monkeypatch.setattr(ReceivingChannel, "unsubscribe", cancelled)
+        await queue.publish(numbered(1), name)
+        assert numbers(await take(consumer, 1)) == [1]
+
+
+async def test_a_channel_that_cannot_be_closed(url: str, topic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection is given up: what was open there comes back."""
+    name = topic
+    close = ReceivingChannel.close
+
+    async def hang(channel: ReceivingChannel) -> None:
+        monkeypatch.setattr(ReceivingChannel, "close", close)
+        await asyncio.get_running_loop().create_future()
+
+    async with open_queue(url) as queue, queue.consumer(name) as other:
+        async with queue.consumer(name) as consumer:
+            await queue.publish(numbered(1), name)
+            assert numbers(await consumer.receive()) == [1]
+            monkeypatch.setattr(ReceivingChannel, "close", hang)
+        assert numbers(await take(other, 1)) == [1]
 
 
 async def assert_waiting(do: Callable[..., Awaitable[Any]], queue: str) -> None:
@@ -379,22 +430,21 @@ async def assert_waiting(do: Callable[..., Awaitable[Any]], queue: str) -> None:
 
 
 @pytest.mark.promise("P12")
-async def test_a_full_queue(url: str, topic: Topics, caplog: pytest.LogCaptureFixture) -> None:
-    name = topic()
+async def test_a_full_queue(url: str, topic: str, caplog: pytest.LogCaptureFixture) -> None:
     async with open_queue(with_options(url, max_messages=3)) as queue:
         taken = 0
         with contextlib.suppress(QueueUnavailable):
             for _ in range(20):  # RabbitMQ takes a few more than it was told
-                await queue.publish(numbered(taken), name)
+                await queue.publish(numbered(taken), topic)
                 taken += 1
         assert 3 <= taken < 20
         with pytest.raises(QueueUnavailable, match="full"):
-            await queue.publish(numbered(9), name)
+            await queue.publish(numbered(9), topic)
         assert queue.statistics()["refused"] == 2
-        async with queue.consumer(name) as consumer:
+        async with queue.consumer(topic) as consumer:
             assert numbers(await take(consumer, taken)) == list(range(taken))
-        await queue.publish(numbered(7), name)
-    async with open_queue(with_options(url, max_messages=5)) as queue, queue.consumer(name) as consumer:
+        await queue.publish(numbered(7), topic)
+    async with open_queue(with_options(url, max_messages=5)) as queue, queue.consumer(topic) as consumer:
         assert numbers(await take(consumer, 1)) == [7]
 
 
@@ -402,10 +452,9 @@ def with_options(url: str, **options: object) -> str:
     return f"{url}?{urlencode(options)}"
 
 
-async def test_many_are_on_their_way_at_a_time(url: str, topic: Topics) -> None:
-    name = topic()
-    async with open_queue(url) as queue, queue.consumer(name) as consumer:
-        await publish_all(queue, name, 200)
+async def test_many_are_on_their_way_at_a_time(url: str, topic: str) -> None:
+    async with open_queue(url) as queue, queue.consumer(topic) as consumer:
+        await publish_all(queue, topic, 200)
         assert sorted(numbers(await take(consumer, 200, most=50))) == list(range(200))
         assert queue.statistics()["published"] == 200
 
@@ -413,24 +462,22 @@ async def test_many_are_on_their_way_at_a_time(url: str, topic: Topics) -> None:
 # Who gets them
 
 
-async def test_a_busy_consumer_keeps_nothing_from_others(url: str, topic: Topics) -> None:
+async def test_a_busy_consumer_keeps_nothing_from_others(url: str, topic: str) -> None:
     """What it acked made no room for another message while it does not receive."""
-    name = topic()
-    async with open_queue(url) as queue, queue.consumer(name) as busy, queue.consumer(name) as idle:
-        await publish_all(queue, name, 2)
+    async with open_queue(url) as queue, queue.consumer(topic) as busy, queue.consumer(topic) as idle:
+        await publish_all(queue, topic, 2)
         await take(busy, 2)
-        await publish_all(queue, name, 5)
+        await publish_all(queue, topic, 5)
         taken = await take(idle, 5)
         assert sorted(numbers(taken)) == [0, 1, 2, 3, 4]
         assert not any(delivery.redelivered for delivery in taken)
 
 
 @pytest.mark.parametrize("prefetch", [0, 32])
-async def test_what_a_quick_consumer_got_ahead_is_given_back(url: str, topic: Topics, prefetch: int) -> None:
-    name = topic()
+async def test_what_a_quick_consumer_got_ahead_is_given_back(url: str, topic: str, prefetch: int) -> None:
     async with open_queue(with_options(url, prefetch=prefetch)) as queue:
-        async with queue.consumer(name) as quick, queue.consumer(name) as other:
-            await publish_all(queue, name, 60)
+        async with queue.consumer(topic) as quick, queue.consumer(topic) as other:
+            await publish_all(queue, topic, 60)
             first = await take(quick, 30)
             rest = await take(other, 30)
             assert sorted(numbers(first) + numbers(rest)) == list(range(60))
@@ -439,11 +486,10 @@ async def test_what_a_quick_consumer_got_ahead_is_given_back(url: str, topic: To
                 assert not any(delivery.redelivered for delivery in rest)
 
 
-async def test_more_in_hand_than_was_asked_for_at_once(url: str, topic: Topics) -> None:
+async def test_more_in_hand_than_was_asked_for_at_once(url: str, topic: str) -> None:
     """A consumer that keeps its deliveries open gets more all the same."""
-    name = topic()
-    async with open_queue(url) as queue, queue.consumer(name) as consumer:
-        await publish_all(queue, name, 150)
+    async with open_queue(url) as queue, queue.consumer(topic) as consumer:
+        await publish_all(queue, topic, 150)
         in_hand: list[Delivery] = []
         with anyio.fail_after(15):
             while len(in_hand) < 150:
@@ -454,6 +500,19 @@ async def test_more_in_hand_than_was_asked_for_at_once(url: str, topic: Topics) 
         again = await take(consumer, 150, most=50)
         assert sorted(numbers(again)) == list(range(150))
         assert all(delivery.redelivered for delivery in again)
+
+
+async def test_a_fault_of_ours_is_no_hang(
+    url: str, topic: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(consumer: Consumer) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(rabbitmq_consumer.RabbitMQConsumer, "_feed_once", fail)
+    async with open_queue(url) as queue, queue.consumer(topic) as consumer:
+        with anyio.fail_after(10), pytest.raises(QueueUnavailable, match="failed"):
+            await consumer.receive()
+    assert "ZeroDivisionError" in caplog.text
 
 
 # A server that does not do what it should
@@ -497,8 +556,9 @@ async def test_a_server_whose_memory_is_full(node: Node) -> None:
 
 
 @pytest.mark.promise("P6")
-async def test_a_server_that_hangs(node: Node) -> None:
+async def test_a_server_that_hangs(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaving the queue takes its time, but not for ever, and leaves nothing behind."""
+    monkeypatch.setattr(rabbitmq_subscription, "CLOSING_TIME", 0.2)
     async with open_asyncio_loop():
         before = tasks_of_asyncio()
         try:
@@ -507,7 +567,7 @@ async def test_a_server_that_hangs(node: Node) -> None:
                 [delivery] = await consumer.receive()
                 node.server.send_signal(signal.SIGSTOP)
                 with pytest.raises(QueueUnavailable, match="did not answer"):
-                    await queue.publish(numbered(2), "hangs")
+                    await publish_serially(queue, "hangs", 100)  # it may not stop at once
                 await delivery.ack()
                 left = anyio.current_time()
             assert anyio.current_time() - left < 10

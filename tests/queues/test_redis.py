@@ -328,3 +328,26 @@ def test_what_cannot_be_opened_says_why_and_tells_no_secret(url: str) -> None:
     with pytest.raises(SetupError) as caught:
         open_queue(url)
     assert "hunter2" not in f"{caught.value} {caught.value.hint} {caught.value.fields}"
+
+
+@pytest.mark.promise("P2")
+async def test_receivers_that_are_cancelled_together_keep_nothing(url: str, topic: str) -> None:
+    """Neither the one that read nor the one whose turn it would have been."""
+    async with open_queue(url) as queue, queue.consumer(topic) as consumer, queue.consumer(topic) as other:
+        for number in range(3):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(consumer.receive)
+                tasks.start_soon(consumer.receive)
+                await anyio.wait_all_tasks_blocked()
+                tasks.cancel_scope.cancel()
+            await queue.publish(numbered(number), topic)
+            assert await take_and_ack(other, 1) == [number]
+
+
+async def test_a_group_that_cannot_be_made_again() -> None:
+    async with redis_server() as own, connect(own.url) as server, open_queue(own.url) as queue:
+        async with queue.consumer("t") as consumer:
+            await server.create_request(b"CONFIG", b"SET", b"maxmemory", b"1")
+            await server.create_request(b"DEL", *Keys.of("t", "default"))
+            with pytest.raises(QueueUnavailable, match="memory"), anyio.fail_after(10):
+                await consumer.receive()

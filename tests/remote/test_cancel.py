@@ -135,6 +135,17 @@ async def test_it_ends_with_the_task_around(rig: Rig, url: str, far: Any, how: s
     assert await task.status() == "cancelled"
 
 
+@pytest.mark.parametrize("service", ["works", "approval"])
+async def test_it_ends_with_a_session_that_is_deleted(rig: Rig, url: str, far: Any, service: str) -> None:
+    task = await far(service)
+    await rig.serve(Calls(RemoteWorkflow(service, url, events=[Progress])))
+    await rig.plane.sessions.create("s")
+    task_id = await rig.submit(session="s")
+    await wait_event(rig, task_id, "Progress")
+    await rig.plane.sessions.delete("s")
+    assert await task.status() == "cancelled"
+
+
 async def test_its_own_ends_are_raised(rig: Rig, url: str, client: Client, far: Any, flavour: Any) -> None:
     with pytest.raises(RemoteTimedOut) as timed_out:
         await run_workflow(Awaits(RemoteWorkflow("works", url, timeout=SOON)), flavour=flavour)

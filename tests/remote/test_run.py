@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from datetime import date
@@ -18,6 +19,7 @@ from workflows.events import Event, HumanResponseEvent, InputRequiredEvent, Star
 from llama_corral.client import Client, TaskEvent
 from llama_corral.exceptions import BadInput, Conflict, FlavourError, NotFound, TaskFailed
 from llama_corral.remote import RemoteEvent, RemoteHandler, RemoteWorkflow
+from llama_corral.remote import call as remote_call
 from llama_corral.remote.events import EventTypes
 from llama_corral.runtime import StructuredRuntime, open_run, run_workflow
 
@@ -307,3 +309,33 @@ def test_no_name_from_the_wire_is_imported() -> None:
     typed(types, "WorkflowFailedEvent", step_name="x", exception={"exception_type": "wave.Error"})
     assert "wave" not in sys.modules
     assert json.dumps(found.fields["input_event"]) == json.dumps(inner)
+
+
+@pytest.mark.promise("P12")
+async def test_no_more_is_read_than_is_taken(url: str, flavour: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_call, "BEHIND", 10)
+
+    async def act(ctx: Context) -> Any:
+        handler: Any = RemoteWorkflow("echo", url, events=[Progress]).run(count=300, value="done")
+        reader = handler.stream_events()
+        seen = []
+        for _ in range(100):
+            seen.append((await anext(reader)).n)
+            assert handler._call.published - reader.taken <= 10
+        with anyio.move_on_after(0.05):  # time enough to read on
+            await handler._run.wait_closed()
+        assert handler._call.published <= 110
+        assert await handler == "done"  # for the result nobody waits for a reader
+        return seen + [event.n async for event in reader]
+
+    assert await run_workflow(Does(act), flavour=flavour) == list(range(300))
+
+
+@pytest.mark.promise("P12")
+async def test_nothing_is_kept_of_calls_that_have_ended(url: str, flavour: Any) -> None:
+    remote = RemoteWorkflow("echo", url)
+    for _ in range(5):
+        assert await run_workflow(Calls(remote), value=1, flavour=flavour) == 1
+        assert await run_workflow(remote, value=1, flavour=flavour) == 1
+    gc.collect()
+    assert len(remote._calls) == len(remote._callers) == len(remote._calls_upstream) == 0

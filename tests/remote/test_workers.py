@@ -14,6 +14,7 @@ from workflows.events import HumanResponseEvent, StartEvent, StopEvent
 from llama_corral.client import Client
 from llama_corral.deploy import WorkerOptions, deploy_worker
 from llama_corral.remote import RemoteWorkflow, call
+from llama_corral.runtime import Slot, SlotHooks, open_run
 from llama_corral.testing import open_stack
 
 from ..threaded import open_core
@@ -70,6 +71,39 @@ async def test_it_goes_on_when_the_control_plane_is_back(flavour: Any, tmp_path:
             assert await client.task(task_id).result(TIME) == ["so"]
             assert len(await client.tasks()) == 2
             stop.set()
+
+
+class IdleSlot(SlotHooks):
+    def __init__(self, slot: Slot) -> None:
+        super().__init__(slot)
+        self.idle = anyio.Event()
+
+    def on_idle(self) -> None:
+        super().on_idle()
+        self.idle.set()
+
+
+@pytest.mark.anyio
+@pytest.mark.promise("P2", "P10")
+@pytest.mark.parametrize("killed", [False, True])
+async def test_another_control_plane_tells_that_it_waits(flavour: Any, killed: bool) -> None:
+    """The worker knows one, the caller asks the other. Where that one dies, the caller goes on at the first."""
+    stop, slot = anyio.Event(), Slot(anyio.CapacityLimiter(1))
+    async with open_core(count=2) as core, Client(core.url) as client, anyio.create_task_group() as tasks:
+        options = WorkerOptions(control_plane_url=core.urls[0], step_flavour=flavour)
+        await tasks.start(partial(deploy_worker, {"asks": Asks()}, options, stop=stop))
+        remote = RemoteWorkflow("asks", core.urls[::-1], events=[Question])
+        hooks = IdleSlot(slot)
+        async with open_run(Calls(remote), hooks=hooks, flavour=flavour) as run:
+            with anyio.fail_after(TIME):
+                await hooks.idle.wait()
+                assert not slot.held
+                if killed:
+                    await core.ones[1].kill()
+                (task,) = await client.tasks()
+                await client.task(task.task_id).send_event(HumanResponseEvent(response="so"))
+                assert await run.result() == ["so"]
+        stop.set()
 
 
 @pytest.mark.process

@@ -23,7 +23,7 @@ import anyio
 import anyio.lowlevel
 import sniffio
 
-from .host import ORPHAN_GRACE, SelfCancelled, _end_orphans, _owned, _owning_loop, open_asyncio_loop
+from .host import ORPHAN_GRACE, SelfCancelled, _end_orphans, _owned, _owning_loop, call_asyncio, open_asyncio_loop
 
 T = TypeVar("T")
 
@@ -122,7 +122,7 @@ class AsyncioSide:
             while self._posted:
                 fn, args = self._posted.popleft()
                 try:
-                    await fn(*args)
+                    await call_asyncio(fn, *args)  # a client's own cancellation must not end this task
                 except Exception:
                     logger.exception("a posted call of %s failed", self._name)
             if self._room is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from ..protocol.messages import QueueMessage
 
@@ -21,6 +21,11 @@ class Letter(BaseModel):
     failures: int = 0
     message: dict[str, Any] | None = None
     raw: str | None = None
+
+
+def why_unreadable(error: ValidationError) -> str:
+    """For logs and letters: without the content, which is not for everybody who reads a log."""
+    return "; ".join(each["msg"] for each in error.errors(include_url=False, include_input=False))
 
 
 def dead_letter(

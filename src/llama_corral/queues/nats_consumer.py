@@ -24,6 +24,7 @@ from ..aio import Bell
 from ..exceptions import CorralError, QueueUnavailable, SetupError
 from ..protocol.messages import QueueMessage
 from ..supervision import Backoff
+from .dead_letter import why_unreadable
 from .nats_connection import Away, NatsConnection, status_of
 from .nats_link import NatsLink
 from .nats_stream import ConsumerName, Stream, nanoseconds
@@ -179,8 +180,10 @@ class NatsConsumer(Consumer):
                     self._check_open()
                     if taken := self._take(max_messages):
                         return taken
-                    await self._bury_unreadable()
-                    await self._fetch(max_messages)
+                    if self._unreadable:
+                        await self._bury_unreadable()
+                    else:
+                        await self._fetch(max_messages)
             finally:
                 self._is_receiving = False
                 while self._arrived:
@@ -239,7 +242,7 @@ class NatsConsumer(Consumer):
             try:
                 message = QueueMessage.model_validate_json(raw.data)
             except ValidationError as error:
-                self._unreadable.append((raw, str(error)))
+                self._unreadable.append((raw, why_unreadable(error)))
                 continue
             delivery = NatsDelivery(message, raw.reply, self)
             self._open[delivery] = None
@@ -256,7 +259,9 @@ class NatsConsumer(Consumer):
                 logger.warning("the dead letters take nothing of %s: %s", self._topic, error)
             else:
                 self._host.settle(raw.reply, ACK)
-            self._unreadable.popleft()
+            # Empty: it was left meanwhile.
+            if self._unreadable:
+                self._unreadable.popleft()
 
     async def _fetch(self, limit: int) -> None:
         """Ask for messages and wait, sometimes in vain."""
@@ -364,7 +369,7 @@ class NatsSubscription(Subscription):
         try:
             heard = QueueMessage.model_validate_json(message.data)
         except ValidationError as error:
-            logger.warning("a broadcast to %s that nobody can read: %s", self._topic, error)
+            logger.warning("a broadcast to %s that nobody can read: %s", self._topic, why_unreadable(error))
             return
         self.lost += len(self._ring) == self._ring.maxlen
         self._ring.append(heard)

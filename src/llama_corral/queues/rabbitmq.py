@@ -20,7 +20,7 @@ from anyio.lowlevel import checkpoint
 from ..abc import MessageQueue
 from ..aio import Bell
 from ..aio.client import AsyncioSide, open_asyncio_side
-from ..exceptions import BadInput, QueueUnavailable
+from ..exceptions import BadInput, QueueUnavailable, TooLarge
 from ..protocol import topics
 from ..protocol.messages import QueueMessage
 from ..protocol.topics import DEFAULT_NAMESPACE
@@ -115,6 +115,7 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
         self._receiving: RabbitMQLink | None = None
         self._publisher: Publisher | None = None
         self._bell = Bell()
+        self._declaring: dict[str, Bell] = {}
         self._backoff = Backoff(initial=0.05, maximum=1.0)
         self._consumers: set[RabbitMQConsumer] = set()
         self._subscriptions: set[RabbitMQSubscription] = set()
@@ -193,14 +194,32 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
             publisher = self._publisher_on(connection)
             outcome = await publisher.publish(body, topic)
             if outcome is Outcome.NOWHERE:
-                await connection.call(declare_waiting, connection, topic, self.max_messages)
+                await self._give_place(connection, topic)
                 outcome = await publisher.publish(body, topic)
             if outcome is not Outcome.TAKEN:
-                self._refused += 1
                 raise refusal(outcome, topic)
 
-        await self._patiently(self._publishing, attempt)
+        try:
+            await self._patiently(self._publishing, attempt)
+        except Away:
+            raise
+        except (QueueUnavailable, TooLarge):
+            self._refused += 1
+            raise
         self._published += 1
+
+    async def _give_place(self, connection: RabbitMQConnection, topic: str) -> None:
+        """Declare where the messages of a topic without groups wait: once, however many are being published."""
+        declared = self._declaring.get(topic)
+        if declared is not None:
+            await declared.wait()
+            return
+        declared = self._declaring[topic] = Bell()
+        try:
+            await connection.call(declare_waiting, connection, topic, self.max_messages)
+        finally:
+            del self._declaring[topic]
+            declared.ring()
 
     @asynccontextmanager
     async def consumer(self, topic: str, group: str = "default") -> AsyncIterator[RabbitMQConsumer]:
@@ -233,7 +252,7 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
     async def subscribe(self, topic: str) -> AsyncIterator[RabbitMQSubscription]:
         self.check_open()
         name = f"{BROADCAST}.{uuid4().hex}"
-        subscription = RabbitMQSubscription(topic, name, self._broadcast_buffer, self.check_open)
+        subscription = RabbitMQSubscription(self.side, topic, name, self._broadcast_buffer, self.check_open)
         self._subscriptions.add(subscription)
         try:
             await self._patiently(self._receiving, subscription.open)

@@ -1,11 +1,10 @@
 """Receiving from the queues of RabbitMQ.
 
-A server of AMQP 0-9-1 pushes; whoever is subscribed to a queue gets messages, up to its prefetch, whether somebody receives
-them or not, and another consumer that has nothing to do does not get those. Asking for single messages instead
-(`basic.get`) costs a round trip each, which a quorum queue answers only after its log is written, and cannot wait. So a
-consumer is subscribed while somebody receives, for as many as were asked for, and no longer. One that comes back so quickly
-that the subscriptions would take most of the time stays subscribed, with a prefetch of what it will take within the
-blink of an eye (`LINGER`); whatever lies here longer than that is given back.
+AMQP 0-9-1 pushes: whoever is subscribed to a queue gets messages, up to its prefetch, whether somebody receives them or not,
+and meanwhile another consumer may have nothing to do. To ask for single messages instead (`basic.get`) costs a round trip
+through the log of the quorum queue each time, and cannot wait. So a consumer is subscribed while somebody receives, for as
+many as were asked for, and no longer. One that comes back so quickly that subscribing would take most of its time stays
+subscribed, with a prefetch of what it takes within the blink of an eye; what lies here longer (`LINGER`) is given back.
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ from aiormq.abc import DeliveredMessage
 from pydantic import ValidationError
 
 from ..abc import Consumer, Delivery
-from ..aio import Bell
+from ..aio import Bell, call_asyncio
 from ..aio.client import AsyncioSide
 from ..exceptions import CorralError, QueueUnavailable
 from ..protocol.messages import QueueMessage
 from ..supervision import Backoff
-from .rabbitmq_link import CLOSING_TIME, TROUBLE, RabbitMQConnection, RabbitMQLink, explain
-from .rabbitmq_subscription import ReceivingChannel
+from .dead_letter import why_unreadable
+from .rabbitmq_link import TROUBLE, RabbitMQConnection, RabbitMQLink, explain
+from .rabbitmq_subscription import ReceivingChannel, finish
 from .rabbitmq_topology import declare_group
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ LINGER: Final = 0.02
 """Seconds that a message lies here at most while nobody receives it."""
 PACES: Final = 4
 """How many times in a row a consumer must have come back quickly to get messages ahead."""
-
 REATTACHED_AFTER: Final = 30.0
 """Seconds without a message after which a consumer begins anew. The only backstop: a server may forget to say that a queue
 was deleted, if it was declared again at once."""
@@ -92,20 +91,20 @@ class _Pace:
     """How quickly a consumer comes back for more."""
 
     def __init__(self) -> None:
+        self.left_at = 0.0
         self._gaps: deque[float] = deque(maxlen=PACES)
-        self._left_at = 0.0
         self._taken = 0
 
     def come(self) -> None:
         if self._taken:
-            self._gaps.append((time.monotonic() - self._left_at) / self._taken)
+            self._gaps.append((time.monotonic() - self.left_at) / self._taken)
 
     def leave(self, taken: int) -> None:
-        self.left_at = self._left_at = time.monotonic()
+        self.left_at = time.monotonic()
         self._taken = taken
 
     def taken_within(self, seconds: float) -> int:
-        """How many messages it will take, to judge by the slowest of the last times. None is a guess for the first times."""
+        """How many messages it will take, to judge by the slowest of the last times; none while there were too few."""
         if len(self._gaps) < PACES:
             return 0
         return int(seconds / max(*self._gaps, 1e-6))
@@ -146,7 +145,7 @@ class RabbitMQConsumer(Consumer):
         self._open: dict[RabbitMQDelivery, None] = {}
         self._wanted = 0
         """How many messages somebody waits for."""
-        self._left = False
+        self._left = self._has_failed = False
         self._news = asyncio.Event()
         self._channel: ReceivingChannel | None = None
         self._subscription: _Subscription | None = None
@@ -202,13 +201,7 @@ class RabbitMQConsumer(Consumer):
         self._arrived.clear()
         self._unreadable.clear()
         self._bell.ring()
-        with anyio.move_on_after(CLOSING_TIME, shield=True), suppress(*TROUBLE):
-            await self._host.side.wait_posted()  # what was acked before
-            await self._host.side.call(self._end)
-            return
-        # It does not answer; what is open there comes back when the connection is closed.
-        if self._channel is not None:
-            self._channel.connection.drop()
+        await finish(self._host.side, self._end)
 
     def settle(self, delivery: RabbitMQDelivery, *, is_ack: bool) -> None:
         if delivery in self._open:
@@ -226,7 +219,7 @@ class RabbitMQConsumer(Consumer):
             try:
                 message = QueueMessage.model_validate_json(arrived.raw.body)
             except ValidationError as error:
-                self._unreadable.append((arrived, str(error)))
+                self._unreadable.append((arrived, why_unreadable(error)))
                 continue
             delivery = RabbitMQDelivery(message, arrived, self)
             self._open[delivery] = None
@@ -258,6 +251,8 @@ class RabbitMQConsumer(Consumer):
         self._host.check_open()
         if self._left:
             raise QueueUnavailable(f"The block that received from {self._topic!r} was left", topic=self._topic)
+        if self._has_failed:
+            raise QueueUnavailable(f"Receiving from {self._topic!r} has failed; the log says why", topic=self._topic)
 
     # On the asyncio side
 
@@ -271,7 +266,8 @@ class RabbitMQConsumer(Consumer):
                 await self._wait_news()
                 continue
             try:
-                await self._feed_once()
+                # The client ends what waits on a connection that we close by a cancellation of nobody's.
+                await call_asyncio(self._feed_once)
             except (CorralError, *TROUBLE) as error:
                 await self._detach()
                 self._failures += 1
@@ -312,7 +308,7 @@ class RabbitMQConsumer(Consumer):
     def _on_end(self, feeder: asyncio.Task[None]) -> None:
         if not feeder.cancelled() and (error := feeder.exception()) is not None:
             logger.error("receiving from %s failed", self._topic, exc_info=error)
-        self._left = True
+        self._has_failed = True
         self._bell.ring()
 
     def _hear(self, arrived: _Arrived) -> None:
@@ -370,6 +366,7 @@ class RabbitMQConsumer(Consumer):
             await channel.close()
 
     async def _end(self) -> None:
+        await self._host.side.wait_posted()  # what was acked before
         self._news.set()
         if self._feeder is not None:
             await asyncio.wait([self._feeder])

@@ -41,6 +41,8 @@ TROUBLE: Final = amqp.CONNECTION_EXCEPTIONS
 _TLS_LOST: Final = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 _NOT_ALLOWED: Final = 530
 _CREDENTIALS: Final = re.compile(r"//[^/@\s]*@")
+_OF_USER: Final = re.compile(r" for user '.*'")
+_REFUSED: Final = re.compile(r"access to (\w+ '[^']*')")
 
 
 class Away(QueueUnavailable):
@@ -61,6 +63,7 @@ class RabbitMQConnection:
         self._host = host
         self._on_lost = on_lost
         self._connection: AbstractConnection | None = None
+        self._reason: BaseException | None = None
 
     # For tasks of either library
 
@@ -91,14 +94,18 @@ class RabbitMQConnection:
             return await self._side.call(self._is_blocked)
         return False
 
-    def drop(self) -> None:
+    def drop(self, reason: BaseException | None = None) -> None:
         """Use it no more: somebody opens another one."""
         if not self.is_lost:
             self.is_lost = True
+            self._reason = reason
             self._on_lost()
 
     def lost(self) -> Away:
-        return Away(f"The connection to RabbitMQ at {self.address} is lost")
+        reason = (
+            "" if self._reason is None else f": {type(self._reason).__name__} {_without_user(self._reason)}".rstrip()
+        )
+        return Away(f"The connection to RabbitMQ at {self.address} is lost{reason}")
 
     # On the asyncio side
 
@@ -131,7 +138,7 @@ class RabbitMQConnection:
         url = URL(self.address.client_url(self._host))
         # Kept before it is connected: one that nobody closes closes itself when it is collected, in whatever loop there is.
         self._connection = connection = aio_pika.Connection(url, ssl_context=self.address.tls)
-        connection.close_callbacks.add(lambda *_: self.drop())
+        connection.close_callbacks.add(lambda _, reason: self.drop(reason))
         await connection.connect()
 
     async def _close(self) -> None:
@@ -243,7 +250,7 @@ class RabbitMQLink:
 
 def explain(error: BaseException, address: RabbitMQAddress) -> CorralError:
     """What an error of the client, or of what is below it, means to callers of a queue."""
-    text, root = _CREDENTIALS.sub("//", str(error)), _root(error)
+    text, root = _without_user(error), _root(error)
     if isinstance(error, amqp.ProbableAuthenticationError | amqp.AuthenticationError):
         return SetupError(
             f"RabbitMQ at {address} does not know the user or the password",
@@ -255,8 +262,9 @@ def explain(error: BaseException, address: RabbitMQAddress) -> CorralError:
             hint="Create it (rabbitmqctl add_vhost), or give the user its permissions (rabbitmqctl set_permissions).",
         )
     if isinstance(error, amqp.ChannelClosed) and "ACCESS_REFUSED" in text:
+        found = _REFUSED.search(text)
         return SetupError(
-            f"RabbitMQ at {address} refuses: {text}",
+            f"RabbitMQ at {address} refuses access to {found[1] if found else 'something'}",
             hint="The user must be allowed to configure, write and read what is called llama_corral.*.",
         )
     if isinstance(root, ssl.SSLCertVerificationError):
@@ -283,9 +291,13 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
+def _without_user(said: object) -> str:
+    return _OF_USER.sub("", _CREDENTIALS.sub("//", str(said)))
+
+
 def _shown(error: BaseException) -> BaseException | None:
     """The error, unless its text names a user."""
-    return None if _CREDENTIALS.search(str(error)) else error
+    return error if _without_user(error) == str(error) else None
 
 
 # What the client logs
@@ -300,8 +312,7 @@ class _Quiet(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if not _is_ours.get():
             return True
-        text = _CREDENTIALS.sub("//", record.getMessage())
-        logger.debug("%s: %s", record.name, text, exc_info=record.exc_info or None)
+        logger.debug("%s: %s", record.name, _without_user(record.getMessage()))
         return False
 
 

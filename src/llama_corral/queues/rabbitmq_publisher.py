@@ -11,7 +11,7 @@ from aio_pika import exceptions as amqp
 from aiormq import Channel as ClientChannel
 
 from ..exceptions import QueueUnavailable, TooLarge
-from .rabbitmq_link import RabbitMQConnection
+from .rabbitmq_link import Away, RabbitMQConnection
 from .rabbitmq_topology import BROADCAST, TICKETS, topic_key
 
 _TICKET: Final = aio_pika.DeliveryMode.PERSISTENT
@@ -85,9 +85,7 @@ def refusal(outcome: Outcome, topic: str) -> QueueUnavailable | TooLarge:
             topic=topic,
         )
     if outcome is Outcome.NOWHERE:
-        return QueueUnavailable(
-            f"RabbitMQ has no queue for {topic!r}, and did not keep the one it was given", topic=topic
-        )
+        return Away(f"RabbitMQ has no queue for {topic!r}, and did not keep the one it was given", topic=topic)
     return QueueUnavailable(
         f"Topic {topic!r} is full, or a queue of it cannot be written",
         hint="Start more consumers of this topic, or raise the limit of its queues by a policy.",

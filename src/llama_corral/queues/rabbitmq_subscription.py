@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -16,9 +17,11 @@ from anyio.lowlevel import checkpoint
 from pydantic import ValidationError
 
 from ..abc import Subscription
-from ..aio import Bell
+from ..aio import Bell, SelfCancelled
+from ..aio.client import AsyncioSide
 from ..exceptions import QueueUnavailable
 from ..protocol.messages import QueueMessage
+from .dead_letter import why_unreadable
 from .rabbitmq_link import CLOSING_TIME, TROUBLE, RabbitMQConnection
 from .rabbitmq_topology import BROADCAST, topic_key
 
@@ -90,12 +93,29 @@ class ReceivingChannel:
             self._on_lost()
 
 
+async def finish(side: AsyncioSide, fn: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Have something brought to its end, and return when it is done, or `CLOSING_TIME` is over: then it goes on by itself,
+    until the server answers or the connection is lost."""
+    done = anyio.Event()
+
+    def on_done(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.debug("what was left behind at RabbitMQ: %s: %s", type(error).__name__, error)
+        done.set()
+
+    with suppress(SelfCancelled):  # the queue is closed
+        side.start_soon(fn).add_done_callback(on_done)
+        with anyio.move_on_after(CLOSING_TIME, shield=True):
+            await done.wait()
+
+
 class RabbitMQSubscription(Subscription):
     """Made by `RabbitMQMessageQueue.subscribe`. `lost` counts what fell out of the full ring here; what a connection cannot
     carry in time falls out at the server."""
 
-    def __init__(self, topic: str, name: str, buffer: int, check_open: Callable[[], None]) -> None:
+    def __init__(self, side: AsyncioSide, topic: str, name: str, buffer: int, check_open: Callable[[], None]) -> None:
         self.lost = 0
+        self._side = side
         self._topic = topic
         self._name = name
         self._ring: deque[QueueMessage] = deque(maxlen=buffer)
@@ -139,10 +159,7 @@ class RabbitMQSubscription(Subscription):
         self.close()
         channel = self._channel
         if channel is not None and not channel.is_lost:
-            with anyio.move_on_after(CLOSING_TIME, shield=True), suppress(*TROUBLE):
-                await channel.connection.call(channel.close)
-                return
-            channel.connection.drop()
+            await finish(self._side, channel.close)
 
     # On the asyncio side
 
@@ -161,7 +178,7 @@ class RabbitMQSubscription(Subscription):
         try:
             heard = QueueMessage.model_validate_json(raw.body)
         except ValidationError as error:
-            logger.warning("a broadcast to %s that nobody can read: %s", self._topic, error)
+            logger.warning("a broadcast to %s that nobody can read: %s", self._topic, why_unreadable(error))
             return
         self.lost += len(self._ring) == self._ring.maxlen
         self._ring.append(heard)

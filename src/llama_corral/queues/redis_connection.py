@@ -18,7 +18,7 @@ from coredis.exceptions import RedisError
 from pydantic import SecretStr
 
 from ..exceptions import SetupError
-from .urls import credentials_of
+from .urls import credentials_of, hosts_of
 
 CONNECT_TIME: Final = 5.0
 """Seconds for a connection to be opened."""
@@ -68,6 +68,8 @@ class RedisAddress:
             raise SetupError("The database of a Redis URL must be a number", hint="Write redis://host:port/0.")
         if is_unix and not parts.path:
             raise SetupError("The Redis URL names no socket", hint="Write unix:///path/of/the/socket.")
+        if len(hosts_of(parts)) > 1:
+            raise SetupError("The Redis URL names several servers", hint="Write redis://host:port: one of them.")
         host = parts.hostname or "localhost"
         try:
             host.encode("idna")

@@ -20,7 +20,7 @@ from ..exceptions import CorralError, QueueUnavailable, SetupError
 from ..protocol import topics
 from ..protocol.messages import QueueMessage, new_id
 from ..supervision import open_support_group
-from .dead_letter import dead_letter
+from .dead_letter import dead_letter, why_unreadable
 from .redis_connection import Connection
 from .redis_link import ANSWER_TIME, LOST, RedisLink, explain
 from .redis_scripts import ACK, FIELD, JOIN, NACK, RELEASE, SWEEP, Argument, Keys
@@ -110,26 +110,31 @@ class RedisConsumer(Consumer):
     async def receive(self, max_messages: int = 1) -> list[Delivery]:
         if max_messages < 1:
             raise ValueError(f"max_messages must be at least 1, got {max_messages}")
-        async with self._receiving:
-            while True:
-                self._check_open()
-                connection = self.link.connection or await self.link.wait_open()
-                try:
-                    # One that was abandoned may have brought something, or may be about to.
-                    reading = self._reading or self._read(connection, max_messages)
-                    connection = reading.connection
-                    answer = await reading.request
-                except anyio.get_cancelled_exc_class():
-                    self._abandoned.set()
-                    raise
-                except (redis.RedisError, TimeoutError) as error:
-                    self._reading = None
-                    await self._read_failed(connection, error)
-                else:
-                    # From here to the return there is no checkpoint at which a message could be lost.
-                    self._reading = None
-                    if deliveries := self._take(answer, max_messages):
-                        return deliveries
+        try:
+            async with self._receiving:
+                return await self._receive(max_messages)
+        finally:
+            # Whoever leaves last says so: while others wait for their turn, the read may still be theirs.
+            if self._reading is not None:
+                self._abandoned.set()
+
+    async def _receive(self, max_messages: int) -> list[Delivery]:
+        while True:
+            self._check_open()
+            connection = self.link.connection or await self.link.wait_open()
+            try:
+                # One that was abandoned may have brought something, or may be about to.
+                reading = self._reading or self._read(connection, max_messages)
+                connection = reading.connection
+                answer = await reading.request
+            except (redis.RedisError, TimeoutError) as error:
+                self._reading = None
+                await self._read_failed(connection, error)
+            else:
+                # From here to the return there is no checkpoint at which a message could be lost.
+                self._reading = None
+                if deliveries := self._take(answer, max_messages):
+                    return deliveries
 
     def _read(self, connection: Connection, max_messages: int) -> _Read:
         """Ask for entries. A read of two streams may bring `max_messages` of each, so after one that brought some of what
@@ -151,7 +156,9 @@ class RedisConsumer(Consumer):
             logger.warning("the server has lost %s and its group: %s", self.topic, error)
             try:
                 await self._join(connection)
-            except LOST as join_error:
+            except (redis.RedisError, TimeoutError) as join_error:
+                if not isinstance(join_error, LOST):
+                    raise explain(join_error, self.link.address) from join_error
                 self.link.drop(connection, join_error)
         else:
             raise explain(error, self.link.address) from error
@@ -172,8 +179,7 @@ class RedisConsumer(Consumer):
             try:
                 message = QueueMessage.model_validate_json(raw)
             except ValidationError as error:
-                reason = "; ".join(each["msg"] for each in error.errors(include_url=False, include_input=False))
-                self._letters.append((entry, raw, reason))
+                self._letters.append((entry, raw, why_unreadable(error)))
                 self._news.set()
             else:
                 deliveries.append(RedisDelivery(self, entry, message))

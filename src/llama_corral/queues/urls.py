@@ -16,6 +16,8 @@ def _split(url: str) -> SplitResult:
         parts = urlsplit(url)
         for host in hosts_of(parts):  # what cannot be read shall be found here
             _ = urlsplit(f"//{host}").port
+        if parts.netloc and "@" not in parts.netloc and "@" in f"{parts.path}?{parts.query}#{parts.fragment}":
+            raise ValueError  # of a password with one of /?# in it, the beginning would be taken for a port
     except ValueError:
         # Without the text of the error, which holds parts of the URL.
         raise SetupError(
@@ -49,7 +51,11 @@ def without_credentials(url: str) -> str:
         SetupError: it cannot be read. The text never repeats the URL.
     """
     parts = _split(url)
-    options = [(name, value) for name, value in parse_qsl(parts.query) if name.lower() not in _SECRET_OPTIONS]
+    options = [
+        (name, value)
+        for name, value in parse_qsl(parts.query, keep_blank_values=True)
+        if name.lower() not in _SECRET_OPTIONS
+    ]
     netloc = parts.netloc.rpartition("@")[2]
     return _join(parts, netloc, urlencode(options))
 

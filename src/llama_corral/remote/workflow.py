@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, Self, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -24,7 +25,7 @@ from workflows.handler import WorkflowHandler
 from ..aio import await_in, caller_library
 from ..client import Client
 from ..exceptions import BadInput, FlavourError, RunClosed, UsageError
-from ..http_urls import check_url
+from ..http_urls import check_urls
 from ..runtime import Run, RunHandler, current_activity, speaks, start_child_run
 from ..settings import ClientSettings
 from .call import Call, Caller, Following
@@ -61,8 +62,9 @@ class RemoteWorkflow(Workflow):
     Args:
         service_name: The service.
         client: How its control plane is reached. A `Client` whose block is open: its owner closes it, after the last call.
-            A function that makes one: each call has a client of its own, which it closes. A URL: likewise, with the token
-            in `CORRAL_TOKEN`, and a call that goes on once the server is back, however long that takes.
+            A function that makes one: each call has a client of its own, which it closes. A URL, or several as `Client`
+            takes them: likewise, with the token in `CORRAL_TOKEN`, and a call goes on once a server is back, however long
+            that takes.
         events: Event classes that the remote run publishes. Events of other classes come as `RemoteEvent`.
         result_type: What the result, which comes as JSON, is to be: anything that pydantic can validate; with a class of
             stop events the result is the event, as upstream has it.
@@ -76,7 +78,7 @@ class RemoteWorkflow(Workflow):
     def __init__(
         self,
         service_name: str,
-        client: Client | str | Callable[[], Client],
+        client: Client | str | Sequence[str] | Callable[[], Client],
         *,
         events: Iterable[type[Event]] = (),
         result_type: Any = None,
@@ -87,7 +89,7 @@ class RemoteWorkflow(Workflow):
         self.service_name = service_name
         self._types = EventTypes(events)
         self._events = [*self._events, *self._types]  # where it is served itself, those may be sent to it
-        self._client = _client_of_url(client) if isinstance(client, str) else client
+        self._client = client if isinstance(client, Client) or callable(client) else _client_of(client)
         self._result_type = None if result_type is None else TypeAdapter(result_type)
         self._session_id = session_id
         self._time_limit = timeout
@@ -322,6 +324,6 @@ async def _forward(workflow: RemoteWorkflow, call: Call, event: Event) -> None:
         logger.warning("%s: an outside %s was not taken: %s", workflow.workflow_name, type(event).__name__, error)
 
 
-def _client_of_url(url: str) -> Callable[[], Client]:
-    checked = check_url(url)
-    return lambda: Client(checked, token=ClientSettings().token, reconnect_for=float("inf"))
+def _client_of(url: str | Sequence[str]) -> Callable[[], Client]:
+    urls = check_urls(url)
+    return lambda: Client(urls, token=ClientSettings().token, reconnect_for=math.inf)

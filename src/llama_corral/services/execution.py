@@ -93,6 +93,7 @@ class TaskExecution(RunHooks):
         self._checkpoint: Checkpoint | None = None
         self._wake_at: float | None = None
         self._release_when_idle = False
+        self._is_deleted = False
         self._failed_step: str | None = None
         self._raised_late = False
         self._unwound = anyio.Event()
@@ -154,7 +155,7 @@ class TaskExecution(RunHooks):
             self._host.sweeper.add(self)
 
     def is_handed_on(self) -> bool:
-        return self._ending in ("release", "leave", "lost")
+        return self._ending in ("release", "leave", "lost") and not self._is_deleted
 
     def on_unwinding(self) -> None:
         self._host.start_run(self._settle_without_steps)
@@ -232,9 +233,10 @@ class TaskExecution(RunHooks):
     def _is_driven(self, run: Run | None) -> TypeGuard[Run]:
         return run is not None and not run.is_done and self._tasks is not None
 
-    def lose(self) -> None:
+    def lose(self, *, deleted: bool = False) -> None:
         """Another owner has the task, or it is gone: stop, report nothing."""
         self._ending = "lost"
+        self._is_deleted = deleted
         self._hurry()
         self.reporter.settled = True
         self._scope.cancel()

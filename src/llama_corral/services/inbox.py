@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 class InboxOwner(Protocol):
     """Whose inbox it is."""
 
-    def lose(self) -> None:
-        """The task is not ours any more."""
+    def lose(self, *, deleted: bool = False) -> None:
+        """The task is not ours any more, or nobody's."""
 
     def cancel(self) -> None:
         """Somebody wants the task cancelled."""
@@ -106,7 +106,7 @@ class Inbox:
                     logger.error("the events of task %s cannot be pulled: %s", task_id, exc)
                     return
                 if page.status != "ok":
-                    self._owner.lose()
+                    self._owner.lose(deleted=page.status == "deleted")
                     return
                 if page.cancel_requested:
                     self._owner.cancel()

@@ -128,7 +128,7 @@ class Commits:
 
     def _fail(self, batch: list[Work[Any]], error: Exception) -> None:
         if not isinstance(error, StoreUnavailable):  # which says that the store is away: that was logged when it went
-            logger.error("A batch of %d units was not stored: %s", len(batch), error)
+            logger.error("A batch of %d units failed: %s", len(batch), _unavailable(self._connection, error))
         for work in batch:
             work.fail(_unavailable(self._connection, error))
 

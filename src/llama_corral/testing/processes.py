@@ -22,6 +22,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final
 
+from ..queues.urls import credentials_of
 from ..supervision import SupportGroup, open_support_group
 from .children import Child
 
@@ -153,10 +154,16 @@ class Stack:
             f"worker-{len(self.workers)}",
             (*arguments, *self._worker_options, *options),
             self.folder,
-            {**self._environment, **(environment or {})},
+            {**self._queue_credentials(), **self._environment, **(environment or {})},
         )
         self.workers.append(worker)
         return worker
+
+    def _queue_credentials(self) -> dict[str, str]:
+        user, password = credentials_of(self.queue_url or "")
+        return ({} if user is None else {"CORRAL_QUEUE_USER": user}) | (
+            {} if password is None else {"CORRAL_QUEUE_PASSWORD": password}
+        )
 
     def describe(self) -> str:
         """The last lines of each program's output."""
@@ -190,7 +197,8 @@ async def open_stack(
         cores: How many times `corral core`; they share the store and the queue. Workers know all of them.
         store_url: Of a store that is there already, such as a database that several cores can share; None: a file in the
             folder.
-        queue_url: Of a broker; None: the cores' own queue.
+        queue_url: Of a broker; None: the cores' own queue. Workers ask the cores for it, and have what opens it in their
+            environment.
         folder: Where the store and the logs are; None: a temporary folder, which is removed.
         options: More options of `corral serve` or `corral core`.
         worker_options: More options of every worker.
