@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections import Counter
 from functools import partial
@@ -109,7 +110,7 @@ async def test_a_step_that_blocks_the_event_loop_ends_with_the_process(tmp_path:
     async with flows_stack(tmp_path, "frozen", options=options) as stack:
         async with Client(stack.url) as client, anyio.create_task_group() as tasks:
             tasks.start_soon(partial(client.start, "frozen", name="frozen", task_id="frozen"))
-            await stack.main.wait_output("frozen")
+            await stack.main.wait_output(re.compile("^frozen$", re.MULTILINE))
             tasks.cancel_scope.cancel()  # nobody answers any more
         stack.main.terminate()
         if again:
