@@ -243,6 +243,7 @@ async def open_rig(flavour: Any, url: str = "sqlite://", **settings: Any) -> Asy
         async with ControlPlane(store, queue, config=config, alone=True) as plane:
             async with anyio.create_task_group() as tasks:
                 rig = Rig(store, queue, plane, tasks, flavour)
+                await anyio.wait_all_tasks_blocked()  # what the control plane starts by itself has started
                 yield rig
                 tasks.cancel_scope.cancel()
     for crash in rig.crashes:
