@@ -120,7 +120,15 @@ async def test_bad_input_fails_at_the_door(rig):
     task_id = await rig.submit(topic="llamas")
     assert (await rig.result(task_id)).result == '"llamas"'
     assert await rig.plane.services.status() == {
-        "svc": {"held": 0, "queued": 0, "running": 0, "waiting": 0, "instances": 1, "capacity": 8}
+        "svc": {
+            "held": 0,
+            "queued": 0,
+            "running": 0,
+            "waiting": 0,
+            "oldest_queued": None,
+            "instances": 1,
+            "capacity": 8,
+        }
     }
 
 
