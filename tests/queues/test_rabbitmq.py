@@ -401,23 +401,6 @@ async def test_a_consumer_outlives_the_cancellation_of_its_client(
         assert numbers(await take(consumer, 1)) == [1]
 
 
-async def test_a_channel_that_cannot_be_closed(url: str, topic: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its connection is given up: what was open there comes back."""
-    name = topic
-    close = ReceivingChannel.close
-
-    async def hang(channel: ReceivingChannel) -> None:
-        monkeypatch.setattr(ReceivingChannel, "close", close)
-        await asyncio.get_running_loop().create_future()
-
-    async with open_queue(url) as queue, queue.consumer(name) as other:
-        async with queue.consumer(name) as consumer:
-            await queue.publish(numbered(1), name)
-            assert numbers(await consumer.receive()) == [1]
-            monkeypatch.setattr(ReceivingChannel, "close", hang)
-        assert numbers(await take(other, 1)) == [1]
-
-
 async def assert_waiting(do: Callable[..., Awaitable[Any]], queue: str) -> None:
     """Return when somebody consumes it."""
 
