@@ -516,23 +516,6 @@ async def test_a_fault_of_ours_is_no_hang(
     assert "ZeroDivisionError" in caplog.text
 
 
-async def test_closing_ends_what_is_being_published(node: Node) -> None:
-    ended: list[str] = []
-
-    async def publish() -> None:
-        with pytest.raises(QueueUnavailable):
-            await publish_serially(queue, "closing", 1_000_000)
-        ended.append("publish")
-
-    async with anyio.create_task_group() as tasks:
-        async with opened(node, patience=60) as queue:
-            tasks.start_soon(publish)
-            await queue.publish(numbered(1), "closing")
-        with anyio.fail_after(10):
-            while not ended:  # noqa: ASYNC110 - it is the task that is to end
-                await anyio.sleep(0.01)
-
-
 # A server that does not do what it should
 
 
