@@ -394,10 +394,9 @@ async def test_a_consumer_outlives_the_cancellation_of_its_client(
         channel.connection.drop()
         raise asyncio.CancelledError
 
-    name = topic
-    async with open_queue(url) as queue, queue.consumer(name) as consumer:
+    async with open_queue(url) as queue, queue.consumer(topic) as consumer:
         monkeypatch.setattr(ReceivingChannel, "unsubscribe", cancelled)
-        await queue.publish(numbered(1), name)
+        await queue.publish(numbered(1), topic)
         assert numbers(await take(consumer, 1)) == [1]
 
 
@@ -440,6 +439,25 @@ async def test_many_are_on_their_way_at_a_time(url: str, topic: str) -> None:
         await publish_all(queue, topic, 200)
         assert sorted(numbers(await take(consumer, 200, most=50))) == list(range(200))
         assert queue.statistics()["published"] == 200
+
+
+async def test_many_begin_at_a_time(url: str, topic: str, caplog: pytest.LogCaptureFixture) -> None:
+    """With a topic that nobody knows yet."""
+    got: list[int] = []
+
+    async def consume() -> None:
+        async with queue.consumer(topic) as consumer:
+            while True:
+                got.extend(numbers(await take(consumer, 1)))
+                if len(got) == 20:
+                    tasks.cancel_scope.cancel()
+
+    async with open_queue(url) as queue, anyio.create_task_group() as tasks:
+        for _ in range(8):
+            tasks.start_soon(consume)
+        tasks.start_soon(publish_all, queue, topic, 20)
+    assert sorted(got) == list(range(20))
+    assert caplog.records == []
 
 
 # Who gets them

@@ -32,7 +32,7 @@ from .rabbitmq_consumer import RabbitMQConsumer
 from .rabbitmq_link import CLOSING_TIME, Away, RabbitMQConnection, RabbitMQLink, quiet_client
 from .rabbitmq_publisher import Outcome, Publisher, refusal
 from .rabbitmq_subscription import RabbitMQSubscription
-from .rabbitmq_topology import BROADCAST, declare_exchanges, declare_waiting
+from .rabbitmq_topology import BROADCAST, Declarations, declare_exchanges
 from .urls import take_options
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
     ) -> None:
         self.address = address
         self.namespace = namespace
-        self.max_messages = _count(max_messages)
+        self.declarations = Declarations(_count(max_messages))
         self.prefetch = _prefetch(prefetch)
         self.patience = _seconds(patience)
         self._broadcast_buffer = _count(broadcast_buffer)
@@ -216,7 +216,7 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
             return
         declared = self._declaring[topic] = Bell()
         try:
-            await connection.call(declare_waiting, connection, topic, self.max_messages)
+            await connection.call(self.declarations.waiting, connection, topic)
         finally:
             del self._declaring[topic]
             declared.ring()
@@ -327,10 +327,11 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
         raise last or await self._no_answer(link)
 
     async def _wait_connection(self, link: RabbitMQLink) -> RabbitMQConnection:
-        while (found := link.connection) is None or found.is_lost:
-            await self._bell.wait()
+        while True:
             self.check_open()
-        return found
+            if (found := link.connection) is not None and not found.is_lost:
+                return found
+            await self._bell.wait()
 
     async def _no_answer(self, link: RabbitMQLink) -> Away:
         connection = link.connection

@@ -30,7 +30,7 @@ from ..supervision import Backoff
 from .dead_letter import why_unreadable
 from .rabbitmq_link import TROUBLE, RabbitMQConnection, RabbitMQLink, explain
 from .rabbitmq_subscription import ReceivingChannel, finish
-from .rabbitmq_topology import declare_group
+from .rabbitmq_topology import Declarations
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ was deleted, if it was declared again at once."""
 class ConsumerHost(Protocol):
     """What a consumer needs of its queue."""
 
-    max_messages: int
+    declarations: Declarations
     prefetch: int
 
     @property
@@ -356,7 +356,7 @@ class RabbitMQConsumer(Consumer):
 
     async def _attach(self, connection: RabbitMQConnection) -> None:
         await self._detach()
-        name = await declare_group(connection, self._topic, self._group, self._host.max_messages)
+        name = await self._host.declarations.group(connection, self._topic, self._group)
         self._channel = channel = ReceivingChannel(connection, name, self.change)
         await channel.open()
 

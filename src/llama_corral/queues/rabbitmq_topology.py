@@ -11,6 +11,7 @@ Queues of groups are quorum queues. They are declared by whoever comes first, an
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from hashlib import sha256
 from typing import Any, Final
@@ -78,34 +79,43 @@ async def declare_exchanges(connection: RabbitMQConnection) -> None:
         ) from error
 
 
-async def declare_group(connection: RabbitMQConnection, topic: str, group: str, max_messages: int) -> str:
-    """Make a group known: from now on it gets what is published to the topic. Its queue's name."""
-    name = queue_name(topic, group)
-    await _declare_queue(connection, name, TICKETS, topic, max_messages)
-    return name
+class Declarations:
+    """Makes groups known, one after the other: RabbitMQ ends the connection of whoever consumes a quorum queue that another
+    one is just declaring, and a service may begin with several consumers.
 
+    Args:
+        max_messages: Limit of each queue.
+    """
 
-async def declare_waiting(connection: RabbitMQConnection, topic: str, max_messages: int) -> None:
-    """Give what is published to a topic without groups a place to wait for the first consumer."""
-    await _declare_queue(connection, queue_name(topic, WAITING_GROUP), UNCLAIMED, topic, max_messages)
+    def __init__(self, max_messages: int) -> None:
+        self._max_messages = max_messages
+        self._turn = asyncio.Lock()
 
+    async def group(self, connection: RabbitMQConnection, topic: str, group: str) -> str:
+        """From now on the group gets what is published to the topic. Its queue's name."""
+        name = queue_name(topic, group)
+        await self._declare(connection, name, TICKETS, topic)
+        return name
 
-async def _declare_queue(
-    connection: RabbitMQConnection, name: str, exchange: str, topic: str, max_messages: int
-) -> None:
-    arguments: dict[str, Any] = {
-        "x-queue-type": "quorum",
-        "x-max-length": max_messages,
-        "x-overflow": "reject-publish",
-        "x-delivery-limit": _NO_LIMIT,
-    }
-    try:
-        async with await connection.open_channel() as channel:
-            queue = await channel.declare_queue(name, durable=True, arguments=arguments)
-            await queue.bind(exchange, topic_key(topic))
-    except amqp.ChannelPreconditionFailed as error:
-        # It was declared with another limit, which stays: whoever wants another one sets a policy.
-        logger.info("the queue %s is used as it is: %s", name, error)
-        async with await connection.open_channel() as channel:
-            queue = await channel.get_queue(name, ensure=False)
-            await queue.bind(exchange, topic_key(topic))
+    async def waiting(self, connection: RabbitMQConnection, topic: str) -> None:
+        """Give what is published to a topic without groups a place to wait for the first consumer."""
+        await self._declare(connection, queue_name(topic, WAITING_GROUP), UNCLAIMED, topic)
+
+    async def _declare(self, connection: RabbitMQConnection, name: str, exchange: str, topic: str) -> None:
+        arguments: dict[str, Any] = {
+            "x-queue-type": "quorum",
+            "x-max-length": self._max_messages,
+            "x-overflow": "reject-publish",
+            "x-delivery-limit": _NO_LIMIT,
+        }
+        async with self._turn:
+            try:
+                async with await connection.open_channel() as channel:
+                    queue = await channel.declare_queue(name, durable=True, arguments=arguments)
+                    await queue.bind(exchange, topic_key(topic))
+            except amqp.ChannelPreconditionFailed as error:
+                # It was declared with another limit, which stays: whoever wants another one sets a policy.
+                logger.info("the queue %s is used as it is: %s", name, error)
+                async with await connection.open_channel() as channel:
+                    queue = await channel.get_queue(name, ensure=False)
+                    await queue.bind(exchange, topic_key(topic))
