@@ -9,7 +9,7 @@ import pytest
 
 from llama_corral.client import Client
 from llama_corral.client import http as client_http
-from llama_corral.exceptions import TooManyTasks
+from llama_corral.exceptions import CorralError, TooManyTasks, Unavailable
 
 pytestmark = pytest.mark.anyio
 FULL = {"error": {"code": "too_many_tasks", "message": "'svc' is full", "hint": "later"}, "detail": "'svc' is full"}
@@ -68,3 +68,23 @@ async def test_what_may_not_be_repeated_is_asked_once(client: Client) -> None:
     with pytest.raises(TooManyTasks):
         await client.http.request("POST", "/sessions/create")
     assert len(door.requests) == 1
+
+
+@pytest.mark.promise("P2")
+async def test_a_known_server_that_answers_as_none_of_ours_is_being_ended(client: Client) -> None:
+    """The same as the first answer of all is a wrong URL, and nothing to wait for."""
+    answers = [
+        httpx.Response(500, text="Internal Server Error"),
+        httpx.Response(200, json={"services": {}}),
+        httpx.Response(500, text="Internal Server Error"),
+        httpx.Response(200, json={"services": {}}),
+    ]
+    await client.http._clients[client.url].aclose()
+    transport = httpx.MockTransport(lambda _: answers.pop(0))
+    client.http._clients[client.url] = httpx.AsyncClient(base_url=client.url, transport=transport)
+    with pytest.raises(CorralError) as refused:
+        await client.status()
+    assert not isinstance(refused.value, Unavailable)
+    for _ in range(2):
+        assert await client.status() == {"services": {}}
+    assert answers == []

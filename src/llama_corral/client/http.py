@@ -175,9 +175,10 @@ class Http:
             self._choice.failed(url, anyio.current_time(), stops=isinstance(error, Draining))
 
     async def _once(self, request: Mapping[str, Any], url: str) -> httpx.Response:
+        known = self.answered
         response = await self._send(request, url)
         if response.status_code >= 300:
-            raise _refusal(response, url)
+            raise _refusal(response, url, known)
         return response
 
     async def _send(self, request: Mapping[str, Any], url: str, *, stream: bool = False) -> httpx.Response:
@@ -207,6 +208,7 @@ class Http:
         return await self._anywhere(partial(self._open, request), twice=True)
 
     async def _open(self, request: Mapping[str, Any], url: str) -> StreamBody:
+        known = self.answered
         response = await self._send(request, url, stream=True)
         if response.status_code < 300:
             return StreamBody(response, url)
@@ -214,7 +216,7 @@ class Http:
             await response.aread()
         except httpx.HTTPError as error:
             raise _lost(error, url) from error
-        raise _refusal(response, url)
+        raise _refusal(response, url, known)
 
     def abandon(self, body: StreamBody) -> None:
         """For a reader that is collected and cannot await: the body is closed with the next request."""
@@ -231,8 +233,12 @@ def _lost(error: httpx.HTTPError | httpx.StreamError, url: str) -> Unavailable:
     return no_answer(url, reason, sent=not isinstance(error, _NOT_SENT))
 
 
-def _refusal(response: httpx.Response, url: str) -> CorralError:
-    return from_answer(response.status_code, response.content, response.headers, url)
+def _refusal(response: httpx.Response, url: str, known: bool) -> CorralError:
+    error = from_answer(response.status_code, response.content, response.headers, url)
+    if known and response.status_code >= 500 and error.fields["code"] is None and not isinstance(error, Unavailable):
+        # Of a server that is being ended, or of a proxy that has lost it; the first answer of all may be of a wrong URL.
+        return Unavailable(error.message, hint=error.hint, **error.fields)
+    return error
 
 
 class StreamBody:
