@@ -70,6 +70,20 @@ def test_who_is_asked() -> None:
     assert targets._states["a"].paused_until == 1900 + LONGEST_PAUSE
 
 
+def test_each_is_asked_once_also_where_all_have_failed_lately() -> None:
+    """As after an outage of the database that they share: one of them may be back, whichever has to wait longer."""
+    targets = Targets(["a", "b", "c"])
+    for url in "abc":
+        targets.failed(url, 0.0, stops=url == "b")
+    asked: list[str] = []
+    while (url := targets.choose_after(asked, 0.1)) is not None:
+        asked.append(url)
+        assert targets.current == url
+    assert sorted(asked) == ["a", "b", "c"]
+    assert asked[-1] == "b"
+    assert targets.choose_after(["b", "c"], 0.1) == "a"
+
+
 @pytest.mark.promise("P2")
 async def test_a_link_goes_on_at_the_next_one(core: Threaded) -> None:
     async with HttpLink([free_url(), *core.urls]) as link:
@@ -84,6 +98,26 @@ async def test_a_link_goes_on_at_the_next_one(core: Threaded) -> None:
         await core.ones[1].kill()
         with pytest.raises(Unavailable):
             await link.ask("GET", "/ready", json.loads)
+
+
+@pytest.mark.promise("P2")
+async def test_a_link_finds_the_one_that_is_back(core: Threaded) -> None:
+    """All have failed a moment ago, and the one that may be asked first has died meanwhile."""
+    async with HttpLink(core.urls) as link:
+        link.avoid(core.urls[1])
+        link._choice.failed(core.urls[0], anyio.current_time())
+        await core.ones[0].kill()
+        assert await link.ask("GET", "/ready", json.loads) == {"status": "ready"}
+        assert link.url == core.urls[1]
+
+
+async def test_a_client_finds_the_one_that_is_back(core: Threaded) -> None:
+    async with Client(core.urls, retry_for=0) as client:
+        now = anyio.current_time()
+        client.http._choice.failed(core.urls[1], now, stops=True)
+        client.http._choice.failed(core.urls[0], now)
+        await core.ones[0].kill()
+        assert (await client.status())["services"] == {}
 
 
 async def test_a_late_answer_is_no_news(caplog: pytest.LogCaptureFixture) -> None:

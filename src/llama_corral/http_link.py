@@ -191,8 +191,8 @@ class HttpLink:
         """
         seconds = (self._timeout if timeout is None else min(timeout, self._timeout)) + wait
         asked: set[str] = set()
+        url = self._choice.choose(anyio.current_time()) if at is None else at
         while True:
-            url = self._choice.choose(anyio.current_time()) if at is None else at
             asked.add(url)
             target = self._targets[url]
             self._requests += 1
@@ -203,7 +203,8 @@ class HttpLink:
                 if isinstance(error, Unavailable):
                     self._note(url, error)
                     undone = not error.fields.get("sent", True) and not isinstance(error, TooManyTasks)
-                    if undone and at is None and self._choice.choose(anyio.current_time()) not in asked:
+                    if undone and at is None and (other := self._choice.choose_after(asked, anyio.current_time())):
+                        url = other
                         continue
                     if not isinstance(error, away):
                         raise away(error.message, hint=error.hint, **error.fields) from error

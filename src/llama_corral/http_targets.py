@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,7 +20,8 @@ class _State:
 class Targets:
     """Asks the same one until it fails, then the next that has not failed lately, and stays there.
 
-    Where all have failed, it is the one whose pause ends first: whoever asks decides how long to wait.
+    Where all have failed, it is the one whose pause ends first; a request that fails there too is for the others in their
+    turn, each once. Whoever asks decides how long to wait then.
 
     Args:
         urls: Not empty, in the order in which they are tried.
@@ -34,9 +35,16 @@ class Targets:
     def choose(self, now: float) -> str:
         """The one to ask now."""
         if self._states[self.current].paused_until > now:
-            begin = self.urls.index(self.current)
-            in_turn = (*self.urls[begin:], *self.urls[:begin])
-            self.current = min(in_turn, key=lambda url: max(now, self._states[url].paused_until))
+            self.current = min(self._in_turn(), key=lambda url: max(now, self._states[url].paused_until))
+        return self.current
+
+    def choose_after(self, asked: Collection[str], now: float) -> str | None:
+        """The one to ask where those have just failed one request; None where none is left. It may have failed lately:
+        asking it costs a moment, and it may be the only one that is back."""
+        left = [url for url in self._in_turn() if url not in asked]
+        if not left:
+            return None
+        self.current = min(left, key=lambda url: max(now, self._states[url].paused_until))
         return self.current
 
     def answered(self, url: str) -> None:
@@ -51,3 +59,8 @@ class Targets:
         state.failures += 1
         pause = LONGEST_PAUSE if stops else min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(state.failures - 1, 30))
         state.paused_until = now + pause
+
+    def _in_turn(self) -> tuple[str, ...]:
+        """All, from the current one on."""
+        begin = self.urls.index(self.current)
+        return (*self.urls[begin:], *self.urls[:begin])

@@ -155,16 +155,18 @@ class Http:
     async def _anywhere(self, ask: Callable[[str], Awaitable[T]], twice: bool) -> T:
         """Ask one control plane after the other until one answers, as long as that is safe."""
         asked: set[str] = set()
+        url = self._choice.choose(anyio.current_time())
         while True:
-            url = self._choice.choose(anyio.current_time())
             asked.add(url)
             try:
                 found = await ask(url)
             except Unavailable as error:
                 self.note(url, error)
                 elsewhere = not isinstance(error, TooManyTasks) and (twice or not error.fields.get("sent", True))
-                if not elsewhere or self._choice.choose(anyio.current_time()) in asked:
+                other = self._choice.choose_after(asked, anyio.current_time()) if elsewhere else None
+                if other is None:
                     raise
+                url = other
             else:
                 self._choice.answered(url)
                 return found
