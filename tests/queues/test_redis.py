@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any
 from uuid import uuid4
 
@@ -12,6 +12,7 @@ import pytest
 
 from llama_corral.abc import Consumer, Delivery, MessageQueue
 from llama_corral.exceptions import QueueUnavailable, SetupError
+from llama_corral.protocol import topics
 from llama_corral.queues import open_queue
 from llama_corral.queues.redis import RedisMessageQueue
 from llama_corral.queues.redis_connection import Connection, RedisAddress, run_connection
@@ -68,6 +69,17 @@ async def take(consumer: Consumer, count: int) -> list[Delivery]:
         while len(taken) < count:
             taken += await consumer.receive(count - len(taken))
     return taken
+
+
+async def take_raw(consumer: Consumer, count: int) -> list[str]:
+    """What letters are about, acked one by one: their topic may be full."""
+    raw: list[str] = []
+    with anyio.fail_after(20):
+        while len(raw) < count:
+            [letter] = await consumer.receive()
+            raw.append(letter.message.data["raw"])
+            await letter.ack()
+    return raw
 
 
 async def take_and_ack(consumer: Consumer, count: int) -> list[int]:
@@ -151,6 +163,39 @@ async def test_what_came_back_comes_first(url: str, topic: str) -> None:
             assert numbers(first) == [0, 1, 2, 3]
             assert [delivery.redelivered for delivery in first] == [True, True, False, False]
             assert sorted(numbers(await take(consumer, 6))) == [4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.promise("P12")
+async def test_what_cannot_be_read_waits_in_the_server(
+    url: str, server: Connection, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the dead letters take nothing. Whoever receives comes behind it."""
+    monkeypatch.setattr("llama_corral.queues.redis_consumer.MOST_LETTERS", 3)
+    namespace = topic.removesuffix(".tickets")
+    dead = topics.dead_letter(namespace)
+    got: list[int] = []
+    async with open_queue(f"{url}?max_messages=2&lease=1", namespace=namespace) as queue:
+        async with queue.consumer(topic) as consumer, anyio.create_task_group() as tasks:
+
+            async def receive() -> None:
+                got.extend(await take_and_ack(consumer, 1))
+
+            for _ in range(10):
+                await server.create_request(b"XADD", Keys.of(topic, "default").fresh, b"*", FIELD, b"{no message")
+            tasks.start_soon(receive)
+            with anyio.fail_after(10):
+                while not queue.statistics()["refused"]:
+                    await queue.broadcast(numbered(0), topic)  # gives the others their time
+            assert queue.statistics()["open"] <= 5
+            async with queue.consumer(dead) as letters:
+                assert len(await take_raw(letters, 10)) == 10
+            with anyio.fail_after(10):
+                while True:
+                    with suppress(QueueUnavailable):  # full until the acks have come
+                        await queue.publish(numbered(1), topic)
+                        break
+    assert got == [1]
+    await forget(server, dead)
 
 
 @pytest.mark.promise("P12")

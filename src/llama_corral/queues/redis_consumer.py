@@ -39,6 +39,9 @@ FORGET_AFTER: Final = 120.0
 """Seconds of silence after which the name of a consumer that has nothing open is removed. One that lives after all is
 known again with its next read."""
 
+MOST_LETTERS: Final = 100
+"""Messages that cannot be read and wait for a place among the dead letters; with so many, no more are received."""
+
 _FRESH: Final = b"1"
 _RETURNED: Final = b"2"
 
@@ -92,6 +95,7 @@ class RedisConsumer(Consumer):
         self._acked: list[bytes] = []
         self._nacked: list[bytes] = []
         self._letters: deque[tuple[bytes, bytes, str]] = deque()
+        self._buried = anyio.Event()
         self._news = anyio.Event()
         self._abandoned = anyio.Event()
         self._receiving = anyio.Lock(fast_acquire=True)
@@ -121,6 +125,9 @@ class RedisConsumer(Consumer):
     async def _receive(self, max_messages: int) -> list[Delivery]:
         while True:
             self._check_open()
+            if len(self._letters) >= MOST_LETTERS:
+                await self._buried.wait()
+                continue
             connection = self.link.connection or await self.link.wait_open()
             try:
                 # One that was abandoned may have brought something, or may be about to.
@@ -218,6 +225,7 @@ class RedisConsumer(Consumer):
             return
         self._left = True
         self._news.set()
+        self._buried.set()
         reading = self._reading
         is_blocked = reading is not None and not reading.request.complete
         self.link.close()
@@ -297,6 +305,8 @@ class RedisConsumer(Consumer):
             await self._queue.publish(letter, topics.dead_letter(self._queue.namespace))
             logger.error("a message of %s that cannot be read went to the dead letters: %s", self.topic, reason)
             self._letters.popleft()
+            self._buried.set()
+            self._buried = anyio.Event()
             self.settle_soon(entry, ack=True)
 
     async def _withdraw_forever(self) -> None:
