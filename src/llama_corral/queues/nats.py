@@ -18,11 +18,12 @@ import anyio
 from ..abc import MessageQueue
 from ..aio import Bell
 from ..aio.client import open_asyncio_side
-from ..exceptions import BadInput, QueueUnavailable, TooLarge
+from ..exceptions import QueueUnavailable, TooLarge
 from ..protocol import topics
 from ..protocol.messages import QueueMessage
 from ..protocol.topics import DEFAULT_NAMESPACE
 from ..supervision import Backoff, open_support_group
+from .broker import count, encode, seconds
 from .dead_letter import dead_letter
 from .memory import DEFAULT_BROADCAST_BUFFER
 from .nats_address import NatsAddress
@@ -40,25 +41,10 @@ DEFAULT_STREAM: Final = "corral"
 DEFAULT_LEASE: Final = 30.0
 DEFAULT_PATIENCE: Final = 10.0
 DEFAULT_MAX_MESSAGES: Final = 1_000_000
-LONGEST: Final = 86_400.0
 CLOSING_TIME: Final = 4.0
 HEADER_BYTES: Final = len(b"NATS/1.0\r\nNats-Msg-Id: \r\n\r\n")
 LATE_VERDICTS: Final = 10_000
 """Acks and nacks that wait for the connection; of more, the oldest are forgotten, and their messages come again."""
-
-
-def _seconds(text: str | float) -> float:
-    value = float(text)
-    if not 0.1 <= value <= LONGEST:
-        raise ValueError(f"seconds must be between 0.1 and {LONGEST:g}, got {text}")
-    return value
-
-
-def _count(text: str | int) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(f"a number must be at least 1, got {text}")
-    return value
 
 
 def _name(text: str) -> str:
@@ -115,10 +101,10 @@ class NatsMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # type: i
     ) -> None:
         self.address = address
         self.namespace = namespace
-        self.lease = _seconds(lease)
-        self.patience = _seconds(patience)
-        self.stream = Stream(_name(stream), domain=domain, max_messages=_count(max_messages), replicas=_count(replicas))
-        self._broadcast_buffer = _count(broadcast_buffer)
+        self.lease = seconds(lease)
+        self.patience = seconds(patience)
+        self.stream = Stream(_name(stream), domain=domain, max_messages=count(max_messages), replicas=count(replicas))
+        self._broadcast_buffer = count(broadcast_buffer)
         self._link: NatsLink | None = None
         self._bell = Bell()
         self._backoff = Backoff(initial=0.05, maximum=1.0)
@@ -138,13 +124,13 @@ class NatsMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # type: i
             SetupError: something in it cannot be used. The text never repeats the URL.
         """
         known: dict[str, Callable[[str], Any]] = {
-            "lease": _seconds,
-            "patience": _seconds,
-            "max_messages": _count,
-            "replicas": _count,
+            "lease": seconds,
+            "patience": seconds,
+            "max_messages": count,
+            "replicas": count,
             "stream": _name,
             "domain": _name,
-            "broadcast_buffer": _count,
+            "broadcast_buffer": count,
         }
         rest, options = take_options(url, known)
         return cls(NatsAddress.from_url(rest), namespace=namespace, **options)
@@ -187,7 +173,7 @@ class NatsMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # type: i
 
     async def publish(self, message: QueueMessage, topic: str) -> None:
         self._number += 1
-        publication = _Publication(self.stream, topic, _encode(message), f"{self._id}.{self._number}")
+        publication = _Publication(self.stream, topic, encode(message), f"{self._id}.{self._number}")
         try:
             await self._patiently(publication.attempt)
         except Away:
@@ -211,7 +197,7 @@ class NatsMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # type: i
     # Broadcasts
 
     async def broadcast(self, message: QueueMessage, topic: str) -> None:
-        body, subject = _encode(message), self.stream.broadcast_subject(topic)
+        body, subject = encode(message), self.stream.broadcast_subject(topic)
 
         async def send(connection: NatsConnection) -> None:
             _check_size(connection, len(body), topic)
@@ -227,7 +213,7 @@ class NatsMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # type: i
 
         async def start(connection: NatsConnection) -> Any:
             subscription.connection = connection
-            return await connection.subscribe(subject, subscription.hear, flush=True)
+            return await connection.subscribe(subject, subscription.hear_of, flush=True)
 
         self._subscriptions.add(subscription)
         try:
@@ -288,7 +274,7 @@ class NatsMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # type: i
         for consumer in self._consumers:
             consumer.bell.ring()
         for subscription in self._subscriptions:
-            subscription.bell.ring()
+            subscription.change()
 
     async def _extend_forever(self) -> None:
         while True:
@@ -367,13 +353,6 @@ class _Publication:
         headers = {"Nats-Msg-Id": f"{self._id}/{group or ''}"}
         _check_size(connection, len(self._body) + HEADER_BYTES + len(headers["Nats-Msg-Id"]), self._topic)
         return await connection.ask(self._stream.subject(self._token, group), self._body, headers)
-
-
-def _encode(message: QueueMessage) -> bytes:
-    try:
-        return message.model_dump_json().encode()
-    except ValueError as error:  # a text with a lone surrogate, a value that is not JSON
-        raise BadInput(f"the message cannot be sent as JSON: {error}", message_id=message.id_) from error
 
 
 def _check_size(connection: NatsConnection, size: int, topic: str) -> None:

@@ -9,21 +9,20 @@ from __future__ import annotations
 import json
 import logging
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 from typing import Final, Protocol
 
 import anyio
-from anyio.lowlevel import checkpoint
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as ClientSubscription
 from pydantic import ValidationError
 
-from ..abc import Consumer, Delivery, Subscription
+from ..abc import Consumer, Delivery
 from ..aio import Bell
 from ..exceptions import CorralError, QueueUnavailable, SetupError
 from ..protocol.messages import QueueMessage
 from ..supervision import Backoff
+from .broker import BrokerSubscription
 from .dead_letter import why_unreadable
 from .nats_connection import Away, NatsConnection, status_of
 from .nats_link import NatsLink
@@ -331,46 +330,15 @@ class NatsConsumer(Consumer):
         self.bell.ring()
 
 
-class NatsSubscription(Subscription):
-    """Made by `NatsMessageQueue.subscribe`. `lost` counts what fell out of the full ring."""
+class NatsSubscription(BrokerSubscription):
+    """Made by `NatsMessageQueue.subscribe`."""
 
-    def __init__(self, topic: str, buffer: int, check_open: Callable[[], None]) -> None:
-        self.bell = Bell()
-        self.lost = 0
-        self.connection: NatsConnection | None = None
-        self._topic = topic
-        self._ring: deque[QueueMessage] = deque(maxlen=buffer)
-        self._check_open = check_open
-        self._left = False
+    connection: NatsConnection | None = None
 
-    async def receive(self) -> QueueMessage:
-        await checkpoint()
-        while True:
-            self._check_open()
-            if self._left:
-                raise QueueUnavailable(f"The subscription to {self._topic!r} is closed", topic=self._topic)
-            if self.connection is None or self.connection.is_lost:
-                raise QueueUnavailable(
-                    f"The connection of the subscription to {self._topic!r} was lost",
-                    hint="Subscribe again, then look at the state: messages may have been missed.",
-                    topic=self._topic,
-                )
-            if self._ring:
-                return self._ring.popleft()
-            await self.bell.wait()
+    @property
+    def is_lost(self) -> bool:
+        return self.connection is None or self.connection.is_lost
 
-    def close(self) -> None:
-        self._left = True
-        self._ring.clear()
-        self.bell.ring()
-
-    async def hear(self, message: Msg) -> None:
+    async def hear_of(self, message: Msg) -> None:
         """On the asyncio side."""
-        try:
-            heard = QueueMessage.model_validate_json(message.data)
-        except ValidationError as error:
-            logger.warning("a broadcast to %s that nobody can read: %s", self._topic, why_unreadable(error))
-            return
-        self.lost += len(self._ring) == self._ring.maxlen
-        self._ring.append(heard)
-        self.bell.ring()
+        self.hear(message.data)

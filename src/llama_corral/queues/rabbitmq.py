@@ -20,11 +20,12 @@ from anyio.lowlevel import checkpoint
 from ..abc import MessageQueue
 from ..aio import Bell
 from ..aio.client import AsyncioSide, open_asyncio_side
-from ..exceptions import BadInput, QueueUnavailable, TooLarge
+from ..exceptions import QueueUnavailable, TooLarge
 from ..protocol import topics
 from ..protocol.messages import QueueMessage
 from ..protocol.topics import DEFAULT_NAMESPACE
 from ..supervision import Backoff, open_support_group
+from .broker import count, encode, seconds
 from .dead_letter import dead_letter
 from .memory import DEFAULT_BROADCAST_BUFFER, DEFAULT_MAX_MESSAGES
 from .rabbitmq_address import RabbitMQAddress
@@ -41,22 +42,7 @@ T = TypeVar("T")
 
 DEFAULT_PATIENCE: Final = 10.0
 DEFAULT_PREFETCH: Final = 32
-LONGEST_PATIENCE: Final = 3600.0
 MOST_PREFETCH: Final = 65_535
-
-
-def _seconds(text: str | float) -> float:
-    value = float(text)
-    if not 0.1 <= value <= LONGEST_PATIENCE:
-        raise ValueError(f"seconds must be between 0.1 and {LONGEST_PATIENCE:g}, got {text}")
-    return value
-
-
-def _count(text: str | int) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(f"a limit must be at least 1, got {text}")
-    return value
 
 
 def _prefetch(text: str | int) -> int:
@@ -106,10 +92,10 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
     ) -> None:
         self.address = address
         self.namespace = namespace
-        self.declarations = Declarations(_count(max_messages))
+        self.declarations = Declarations(count(max_messages))
         self.prefetch = _prefetch(prefetch)
-        self.patience = _seconds(patience)
-        self._broadcast_buffer = _count(broadcast_buffer)
+        self.patience = seconds(patience)
+        self._broadcast_buffer = count(broadcast_buffer)
         self._side: AsyncioSide | None = None
         self._publishing: RabbitMQLink | None = None
         self._receiving: RabbitMQLink | None = None
@@ -131,10 +117,10 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
             SetupError: something in it cannot be used. The text never repeats the URL.
         """
         known: dict[str, Callable[[str], Any]] = {
-            "max_messages": _count,
+            "max_messages": count,
             "prefetch": _prefetch,
-            "patience": _seconds,
-            "broadcast_buffer": _count,
+            "patience": seconds,
+            "broadcast_buffer": count,
         }
         rest, options = take_options(url, known)
         return cls(RabbitMQAddress.from_url(rest), namespace=namespace, **options)
@@ -188,7 +174,7 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
 
     async def publish(self, message: QueueMessage, topic: str) -> None:
         await checkpoint()
-        body = _encode(message)
+        body = encode(message)
 
         async def attempt(connection: RabbitMQConnection) -> None:
             publisher = self._publisher_on(connection)
@@ -238,7 +224,7 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
 
     async def broadcast(self, message: QueueMessage, topic: str) -> None:
         await checkpoint()
-        body = _encode(message)
+        body = encode(message)
 
         async def attempt(connection: RabbitMQConnection) -> None:
             outcome = await self._publisher_on(connection).broadcast(body, topic)
@@ -343,10 +329,3 @@ class RabbitMQMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # typ
                 hint="Let consumers work off what waits, or give it more of either (rabbitmqctl status says which).",
             )
         return Away(f"RabbitMQ at {self.address} did not answer within {self.patience:g} s")
-
-
-def _encode(message: QueueMessage) -> bytes:
-    try:
-        return message.model_dump_json().encode()
-    except ValueError as error:  # a text with a lone surrogate, a value that is not JSON
-        raise BadInput(f"the message cannot be sent as JSON: {error}", message_id=message.id_) from error

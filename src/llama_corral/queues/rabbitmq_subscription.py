@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
@@ -13,15 +12,10 @@ import anyio
 from aio_pika.abc import AbstractChannel
 from aiormq.abc import AbstractChannel as ClientChannel
 from aiormq.abc import DeliveredMessage
-from anyio.lowlevel import checkpoint
-from pydantic import ValidationError
 
-from ..abc import Subscription
-from ..aio import Bell, SelfCancelled
+from ..aio import SelfCancelled
 from ..aio.client import AsyncioSide
-from ..exceptions import QueueUnavailable
-from ..protocol.messages import QueueMessage
-from .dead_letter import why_unreadable
+from .broker import BrokerSubscription
 from .rabbitmq_link import CLOSING_TIME, TROUBLE, RabbitMQConnection
 from .rabbitmq_topology import BROADCAST, topic_key
 
@@ -109,50 +103,24 @@ async def finish(side: AsyncioSide, fn: Callable[[], Coroutine[Any, Any, None]])
             await done.wait()
 
 
-class RabbitMQSubscription(Subscription):
+class RabbitMQSubscription(BrokerSubscription):
     """Made by `RabbitMQMessageQueue.subscribe`. `lost` counts what fell out of the full ring here; what a connection cannot
     carry in time falls out at the server."""
 
     def __init__(self, side: AsyncioSide, topic: str, name: str, buffer: int, check_open: Callable[[], None]) -> None:
-        self.lost = 0
+        super().__init__(topic, buffer, check_open)
         self._side = side
-        self._topic = topic
         self._name = name
-        self._ring: deque[QueueMessage] = deque(maxlen=buffer)
-        self._check_open = check_open
-        self._bell = Bell()
+        self._buffer = buffer
         self._channel: ReceivingChannel | None = None
-        self._left = False
 
-    async def receive(self) -> QueueMessage:
-        await checkpoint()
-        while True:
-            self._check_open()
-            if self._left:
-                raise QueueUnavailable(f"The subscription to {self._topic!r} is closed", topic=self._topic)
-            if self._channel is None or self._channel.is_lost:
-                raise QueueUnavailable(
-                    f"The connection of the subscription to {self._topic!r} was lost",
-                    hint="Subscribe again, then look at the state: messages may have been missed.",
-                    topic=self._topic,
-                )
-            if self._ring:
-                return self._ring.popleft()
-            await self._bell.wait()
+    @property
+    def is_lost(self) -> bool:
+        return self._channel is None or self._channel.is_lost
 
     async def open(self, connection: RabbitMQConnection) -> None:
         """Begin to listen. Raises Away and SetupError."""
         await connection.call(self._listen, connection)
-
-    def change(self) -> None:
-        """There is a connection, or none any more."""
-        self._bell.ring()
-
-    def close(self) -> None:
-        """Hear nothing more, and send its waiting tasks away."""
-        self._left = True
-        self._ring.clear()
-        self._bell.ring()
 
     async def leave(self) -> None:
         """`close`, and tell the server. Bounded."""
@@ -164,22 +132,14 @@ class RabbitMQSubscription(Subscription):
     # On the asyncio side
 
     async def _listen(self, connection: RabbitMQConnection) -> None:
-        assert self._ring.maxlen is not None
-        channel = ReceivingChannel(connection, self._name, self._bell.ring)
+        channel = ReceivingChannel(connection, self._name, self.change)
         try:
             await channel.open()
-            await channel.listen(self._topic, self._ring.maxlen, self._hear)
+            await channel.listen(self._topic, self._buffer, self._hear_of)
         except BaseException:
             await channel.close()  # noqa: ASYNC102 - its caller is bounded
             raise
         self._channel = channel
 
-    async def _hear(self, raw: DeliveredMessage) -> None:
-        try:
-            heard = QueueMessage.model_validate_json(raw.body)
-        except ValidationError as error:
-            logger.warning("a broadcast to %s that nobody can read: %s", self._topic, why_unreadable(error))
-            return
-        self.lost += len(self._ring) == self._ring.maxlen
-        self._ring.append(heard)
-        self._bell.ring()
+    async def _hear_of(self, raw: DeliveredMessage) -> None:
+        self.hear(raw.body)

@@ -8,21 +8,19 @@ in a blocking read. One server, or one behind a proxy that fails over; not a Red
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, Self
 
 import anyio
-from anyio.lowlevel import checkpoint
 from coredis import exceptions as redis
-from pydantic import ValidationError
 
-from ..abc import MessageQueue, Subscription
-from ..exceptions import BadInput, QueueUnavailable
+from ..abc import MessageQueue
+from ..exceptions import QueueUnavailable
 from ..protocol.messages import QueueMessage
 from ..protocol.topics import DEFAULT_NAMESPACE
 from ..supervision import open_support_group
+from .broker import BrokerSubscription, count, encode, seconds
 from .memory import DEFAULT_BROADCAST_BUFFER, DEFAULT_MAX_MESSAGES
 from .redis_connection import Connection, RedisAddress
 from .redis_consumer import RedisConsumer
@@ -34,22 +32,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_LEASE: Final = 30.0
 DEFAULT_PATIENCE: Final = 10.0
-LONGEST_LEASE: Final = 86_400.0
 CLOSING_TIME: Final = 2.0
-
-
-def _seconds(text: str | float) -> float:
-    value = float(text)
-    if not 0.1 <= value <= LONGEST_LEASE:
-        raise ValueError(f"seconds must be between 0.1 and {LONGEST_LEASE:g}, got {text}")
-    return value
-
-
-def _count(text: str | int) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(f"a limit must be at least 1, got {text}")
-    return value
 
 
 # The mixin's __aexit__ names its three arguments, the one of abc takes any: called by `async with`, they are the same.
@@ -91,11 +74,11 @@ class RedisMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # type: 
     ) -> None:
         self.address = address
         self.namespace = namespace
-        self.lease = _seconds(lease)
-        self.patience = _seconds(patience)
-        self._max_messages = _count(max_messages)
+        self.lease = seconds(lease)
+        self.patience = seconds(patience)
+        self._max_messages = count(max_messages)
         self._link = RedisLink(address, name="command", patience=patience, prepare=self._look, pinged=True)
-        self._listeners = _Listeners(address, patience, _count(broadcast_buffer))
+        self._listeners = _Listeners(address, patience, count(broadcast_buffer), self._check_open)
         self._consumers: set[RedisConsumer] = set()
         self._state = "not entered"
         self._published = self._broadcasts = self._refused = 0
@@ -107,7 +90,7 @@ class RedisMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # type: 
         Raises:
             SetupError: something in it cannot be used. The text never repeats the URL.
         """
-        known = {"lease": _seconds, "max_messages": _count, "patience": _seconds, "broadcast_buffer": _count}
+        known = {"lease": seconds, "max_messages": count, "patience": seconds, "broadcast_buffer": count}
         rest, options = take_options(url, known)
         return cls(RedisAddress.from_url(rest), namespace=namespace, **options)
 
@@ -164,7 +147,7 @@ class RedisMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # type: 
 
     async def publish(self, message: QueueMessage, topic: str) -> None:
         prefix = prefix_of(topic)
-        arguments = (prefix, self._max_messages, FIELD, _encode(message))
+        arguments = (prefix, self._max_messages, FIELD, encode(message))
         full = await self.run(PUBLISH, (prefix + b"groups",), *arguments, patience=self.patience)
         if full is not None:
             self._refused += 1
@@ -191,7 +174,7 @@ class RedisMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # type: 
                     await consumer.leave()
 
     async def broadcast(self, message: QueueMessage, topic: str) -> None:
-        await self.ask(b"PUBLISH", self._listeners.channel(topic), _encode(message), patience=self.patience)
+        await self.ask(b"PUBLISH", self._listeners.channel(topic), encode(message), patience=self.patience)
         self._broadcasts += 1
 
     @asynccontextmanager
@@ -239,51 +222,30 @@ class RedisMessageQueue(anyio.AsyncContextManagerMixin, MessageQueue):  # type: 
             raise QueueUnavailable(f"The Redis queue is {self._state}", hint="Use it inside its `async with` block.")
 
 
-class RedisSubscription(Subscription):
-    """Made by `RedisMessageQueue.subscribe`. `lost` counts what fell out of the full ring."""
+class RedisSubscription(BrokerSubscription):
+    """Made by `RedisMessageQueue.subscribe`."""
 
-    def __init__(self, topic: str, channel: bytes, buffer: int) -> None:
-        self.topic = topic
+    def __init__(self, topic: str, channel: bytes, buffer: int, check_open: Callable[[], None]) -> None:
+        super().__init__(topic, buffer, check_open)
         self.channel = channel
-        self.lost = 0
-        self._ring: deque[QueueMessage] = deque(maxlen=buffer)
-        self._news = anyio.Event()
-        self._end: tuple[str, str] | None = None
+        self._is_lost = False
 
-    async def receive(self) -> QueueMessage:
-        while True:
-            if self._end is not None:
-                message, hint = self._end
-                raise QueueUnavailable(message, hint=hint, topic=self.topic)
-            if self._ring:
-                await checkpoint()
-            else:
-                await self._news.wait()
-            if self._ring:  # else another task was faster
-                return self._ring.popleft()
+    @property
+    def is_lost(self) -> bool:
+        return self._is_lost
 
-    def hear(self, message: QueueMessage) -> bool:
-        """False if the oldest one fell out for it."""
-        is_full = len(self._ring) == self._ring.maxlen
-        self.lost += is_full
-        self._ring.append(message)
-        self._news.set()
-        self._news = anyio.Event()
-        return not is_full
-
-    def end(self, message: str, hint: str) -> None:
-        """Whoever receives is told this."""
-        self._ring.clear()
-        self._end = self._end or (message, hint)
-        self._news.set()
+    def lose(self) -> None:
+        """Its connection has gone."""
+        self._is_lost = True
+        self.change()
 
 
 class _Listeners:
     """The subscriptions of a queue, on one connection. They end with it: others are made on the next."""
 
-    def __init__(self, address: RedisAddress, patience: float, buffer: int) -> None:
+    def __init__(self, address: RedisAddress, patience: float, buffer: int, check_open: Callable[[], None]) -> None:
         self.link = RedisLink(address, name="subscription", patience=patience, serve=self._hear, pinged=True)
-        self.lost = 0
+        self._check_open = check_open
         self._patience = patience
         self._buffer = buffer
         # Dicts as ordered sets: broadcasts reach the listeners in the order in which they came.
@@ -292,6 +254,10 @@ class _Listeners:
     @property
     def count(self) -> int:
         return sum(map(len, self._channels.values()))
+
+    @property
+    def lost(self) -> int:
+        return sum(listener.lost for listeners in self._channels.values() for listener in listeners)
 
     def channel(self, topic: str) -> bytes:
         """Channels know no databases, so the number is in the name."""
@@ -302,7 +268,7 @@ class _Listeners:
         deadline = anyio.current_time() + self._patience
         while True:
             connection = await self.link.wait_open(deadline)
-            subscription = RedisSubscription(topic, self.channel(topic), self._buffer)
+            subscription = RedisSubscription(topic, self.channel(topic), self._buffer, self._check_open)
             try:
                 await self._subscribe(connection, subscription)
             except (redis.RedisError, TimeoutError) as error:
@@ -325,7 +291,7 @@ class _Listeners:
             raise
 
     def leave(self, subscription: RedisSubscription) -> None:
-        subscription.end("The block that listened was left", "Receive inside the block.")
+        subscription.close()
         listeners = self._channels.get(subscription.channel)
         if listeners is None:
             return  # it ended with its connection
@@ -337,7 +303,7 @@ class _Listeners:
 
     def close(self) -> None:
         self.link.close()
-        self._end_all("The queue is closed", "Subscribe inside its `async with` block.")
+        self._lose_all()
 
     async def _hear(self, connection: Connection) -> None:
         """Hand on what the server tells, until the connection is lost."""
@@ -349,32 +315,14 @@ class _Listeners:
         except redis.ConnectionError as error:
             logger.debug("subscriptions end with their connection: %s", error)
         finally:
-            self._end_all(
-                "The connection with the subscriptions was lost",
-                "Subscribe again, then look at the state: messages may have been missed.",
-            )
+            self._lose_all()
 
     def _hand_on(self, channel: Any, body: Any) -> None:
-        listeners = self._channels.get(channel)
-        if not listeners:
-            return
-        try:
-            message = QueueMessage.model_validate_json(body)
-        except ValidationError:
-            logger.error("a broadcast on %s cannot be read and is dropped", channel.decode(errors="replace"))
-            return
-        for listener in listeners:
-            self.lost += not listener.hear(message)
+        for listener in self._channels.get(channel, ()):
+            listener.hear(body)
 
-    def _end_all(self, message: str, hint: str) -> None:
+    def _lose_all(self) -> None:
         channels, self._channels = self._channels, {}
         for listeners in channels.values():
             for listener in listeners:
-                listener.end(message, hint)
-
-
-def _encode(message: QueueMessage) -> bytes:
-    try:
-        return message.model_dump_json().encode()
-    except ValueError as error:  # a text with a lone surrogate, a value that is not JSON
-        raise BadInput(f"the message cannot be sent as JSON: {error}") from error
+                listener.lose()
